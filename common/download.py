@@ -1,0 +1,163 @@
+"""One file from the network, completely or not at all: resumed, checked, then renamed into place."""
+
+import base64
+import hashlib
+import http.client
+import os
+import ssl
+import urllib.error
+import urllib.request
+from email.message import Message
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.errors import UserError
+
+CHUNK = 1 << 20  # bytes per read
+TIMEOUT = 30.0  # seconds without a byte before the connection counts as lost
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+)
+
+
+def digest_of(path: str | Path, algorithm: str) -> str:
+    """Return the hex digest of a file by the hashlib algorithm of that name; the file is read in pieces."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def download(url: str, target: str | Path, *, md5: str | None = None, sha256: str | None = None) -> Path:
+    """Download `url` to the file `target` and return its path; a file already there is not fetched again.
+
+    Bytes arrive in `<target>.part`, which a later call resumes with a Range request (or starts again where
+    the server ignores it). The file gets its name only when its length equals what the server declared and
+    its checksum is right: the hex digests given, or else the md5 of an `x-goog-hash` header where the server
+    sends one. A connection that breaks is taken up again as long as each attempt brings new bytes.
+
+    Raises UserError when the server cannot be reached or refuses, when the disk cannot be written, or when a
+    checksum differs (the file that came is then deleted; one that was there before is left alone).
+    """
+    target = Path(target)
+    wanted = {name: value for name, value in (("md5", md5), ("sha256", sha256)) if value}
+    if target.exists():
+        _check_existing(target, wanted)
+        return target
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        headers = _fetch_all(url, part)
+        _check_digests(part, wanted or _digests_in(headers), url)
+        os.replace(part, target)
+    except NETWORK_ERRORS as error:
+        raise UserError(
+            f"could not download {url} ({_reason(error)}): run again with a connection (what has arrived is "
+            f"kept), or fetch it by hand and put it at {target}"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"could not write {part} while downloading {url} ({error.strerror or error}): make room there or "
+            "choose another folder, then run again"
+        ) from error
+    return target
+
+
+def _fetch_all(url: str, part: Path) -> Message:
+    """Fetch until `part` has the declared length; return the headers of the last response."""
+    while True:
+        before = _size(part)
+        interruption: BaseException | None = None
+        try:
+            headers, total = _fetch(url, part)
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or not before:
+                raise
+            # Nothing lies beyond what we have: it is either complete or not this file at all.
+            headers, total = error.headers, _total_of_range(error.headers)
+            if total != before:
+                part.unlink()
+                continue
+        except NETWORK_ERRORS as error:
+            interruption, headers, total = error, Message(), None
+        after = _size(part)
+        if interruption is None and (total is None or after == total):
+            return headers
+        if total is not None and after > total:
+            part.unlink()
+            raise ConnectionError(f"{after} bytes came where {total} were announced")
+        if after <= before:
+            raise interruption or ConnectionError(f"the server stopped after {after} of {total} bytes")
+
+
+def _fetch(url: str, part: Path) -> tuple[Message, int | None]:
+    """Append one response to `part`; return its headers and the declared length of the whole file, if any."""
+    have = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        resumed = have > 0 and response.status == 206
+        if resumed:
+            total = _total_of_range(response.headers)
+        else:
+            have, total = 0, _as_int(response.headers.get("Content-Length"))
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem)
+        with bar, open(part, "ab" if resumed else "wb") as file:
+            while piece := response.read(CHUNK):
+                file.write(piece)
+                bar.update(len(piece))
+        return response.headers, total
+
+
+def _total_of_range(headers: Message) -> int | None:
+    """Return N of `Content-Range: bytes a-b/N` or `bytes */N`."""
+    return _as_int(headers.get("Content-Range", "").rpartition("/")[2])
+
+
+def _as_int(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _digests_in(headers: Message) -> dict[str, str]:
+    """Return {"md5": hex} where the header `x-goog-hash: crc32c=...,md5=<base64>` announces one."""
+    announced = ",".join(headers.get_all("x-goog-hash") or [])
+    for item in announced.split(","):
+        name, _, value = item.strip().partition("=")
+        if name == "md5":
+            return {"md5": base64.b64decode(value).hex()}
+    return {}
+
+
+def _check_digests(part: Path, wanted: dict[str, str], url: str) -> None:
+    for algorithm, value in wanted.items():
+        found = digest_of(part, algorithm)
+        if found != value.lower():
+            part.unlink()
+            raise UserError(
+                f"what came from {url} has {algorithm} {found} instead of {value}: it was damaged on the way "
+                "and has been deleted; run again"
+            )
+
+
+def _check_existing(target: Path, wanted: dict[str, str]) -> None:
+    for algorithm, value in wanted.items():
+        found = digest_of(target, algorithm)
+        if found != value.lower():
+            raise UserError(
+                f"{target} has {algorithm} {found} instead of {value}: delete it to have it downloaded again"
+            )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answered {error.code} {error.reason}"
+    return str(getattr(error, "reason", error)) or type(error).__name__
