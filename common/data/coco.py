@@ -1,0 +1,135 @@
+"""COCO 2017 (Lin et al., arXiv 1405.0312) as single-label classification, from the annotation file alone.
+
+An image's label is the category of the first annotation that the file lists for it. Categories are numbered in
+the order of their ids, which have gaps (80 categories, ids 1 to 90). Images without an
+annotation are dropped.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from common.data.images import Images
+from common.data.published import DATA_SETS
+from common.data.tree import Tree
+from common.errors import UserError
+from common.files import write_text
+
+# Raised whenever the content of the index changes its meaning: older ones are then built anew.
+INDEX_FORMAT = 1
+
+
+def coco(root: str | Path, split: str) -> Images:
+    """Reads one split: "train2017" or "val2017".
+
+    Images in the order of the annotation file's `images`, ids = image ids. No image is decoded. What was
+    read is kept beside the annotation file in `instances_{split}.index.json`, because parsing 450 MB of JSON
+    takes many seconds; the index is used while the annotation file keeps its size and modification time.
+
+    Raises:
+        UserError: the annotation file or a listed image is missing, or the file is damaged or contradictory.
+    """
+    tree = Tree(DATA_SETS["coco"], root)
+    tree.published.require_split(split)
+    tree.names(".", "the folder of the data set")
+    index = _index(tree, split)
+    tree.require_images(split, index["files"] + index["unlabelled"])
+    folder = f"{tree.path / split}/"
+    return Images(
+        "coco",
+        split,
+        ids=[str(image_id) for image_id in index["ids"]],
+        paths=[folder + file for file in index["files"]],
+        labels=index["labels"],
+        classes=index["classes"],
+    )
+
+
+def _index(tree: Tree, split: str) -> dict[str, Any]:
+    """The index of a split: from its file when that is current, else built and, where possible, written."""
+    annotations = f"annotations/instances_{split}.json"
+    path = tree.path / annotations
+    try:
+        stat = path.stat()
+    except OSError:
+        raise tree.missing("the annotation file", path) from None
+    key = {"format": INDEX_FORMAT, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    index_path = path.with_name(f"instances_{split}.index.json")
+    index = _read_index(index_path, key)
+    if index is None:
+        index = {"key": key, **_build_index(tree, annotations)}
+        # A read-only folder or a full disk costs time at the next start, nothing else.
+        with contextlib.suppress(OSError, UserError):
+            write_text(index_path, json.dumps(index))
+    return index
+
+
+def _read_index(path: Path, key: dict[str, int]) -> dict[str, Any] | None:
+    """The index file's content; None where it is absent, stale or damaged and has to be built anew."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    lists = ("ids", "files", "labels", "classes", "unlabelled")
+    if not isinstance(index, dict) or index.get("key") != key:
+        return None
+    if not all(isinstance(index.get(name), list) for name in lists):
+        return None
+    return index if len(index["ids"]) == len(index["files"]) == len(index["labels"]) else None
+
+
+def _build_index(tree: Tree, annotations: str) -> dict[str, Any]:
+    """Reads the annotation file: ids, file names and labels of the labelled images; names of the others."""
+    path = tree.path / annotations
+    content = tree.json(annotations, "the annotation file", object_hook=_without_outline)
+    if not isinstance(content, dict):
+        raise tree.damaged(path, "is not an object with images, annotations and categories")
+    images = _table(tree, annotations, content, "images", {"id": int, "file_name": str})
+    boxes = _table(tree, annotations, content, "annotations", {"id": int, "image_id": int, "category_id": int})
+    categories = _table(tree, annotations, content, "categories", {"id": int, "name": str})
+    del content
+
+    categories.sort(key=lambda category: category["id"])
+    classes = [category["name"] for category in categories]
+    tree.require_unique(annotations, classes, "the category name")
+    number = {category["id"]: label for label, category in enumerate(categories)}
+    known = {image["id"] for image in images}
+    label_of: dict[int, int] = {}
+    for box in boxes:
+        for reference, table in (("image_id", known), ("category_id", number)):
+            if box[reference] not in table:
+                raise tree.damaged(path, f"has annotation {box['id']} with the unknown {reference} {box[reference]}")
+        label_of.setdefault(box["image_id"], number[box["category_id"]])
+    if not label_of:
+        raise tree.damaged(path, "has no annotation of any image")
+    labelled = [image for image in images if image["id"] in label_of]
+    return {
+        "ids": [image["id"] for image in labelled],
+        "files": [image["file_name"] for image in labelled],
+        "labels": [label_of[image["id"]] for image in labelled],
+        "classes": classes,
+        "unlabelled": [image["file_name"] for image in images if image["id"] not in label_of],
+    }
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """Drops polygons as they are parsed: they are most of the file, and several GB as Python objects."""
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _table(
+    tree: Tree, annotations: str, content: dict[str, Any], name: str, fields: dict[str, type]
+) -> list[dict[str, Any]]:
+    """One list of the annotation file, refused unless every entry has the fields and no id occurs twice."""
+    path, table = tree.path / annotations, content.get(name)
+    if not isinstance(table, list) or not table:
+        raise tree.damaged(path, f"has no list of {name}")
+    for position, entry in enumerate(table):
+        for field, kind in fields.items():
+            # type(), not isinstance(): true and false are no ids.
+            if not isinstance(entry, dict) or type(entry.get(field)) is not kind:
+                raise tree.damaged(path, f"has no {field} in entry {position} of {name}")
+    tree.require_unique(annotations, (entry["id"] for entry in table), f"in {name} the id")
+    return table

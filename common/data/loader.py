@@ -1,0 +1,215 @@
+"""Batches: which samples a process sees at which optimizer step, and the DataLoaders that bring them.
+
+Order and augmentation depend on seed, epoch and position alone, never on the number of workers or processes: the
+global batch of a step is cut into equal shares for the processes, and each sample's random transforms are seeded by
+its place in the epoch. A step number therefore says everything about where training stands.
+"""
+
+import atexit
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from common.data.images import BadImage, Images
+
+Order = Callable[[int], Sequence[int]]  # epoch -> sample indices in that epoch's order
+
+
+class Key(NamedTuple):
+    """Names one sample of one epoch: its place in the epoch's order and its number in the split."""
+
+    epoch: int
+    position: int
+    sample: int
+
+
+class Batch(NamedTuple):
+    images: Tensor | None  # (B, 3, height, width); None where no image of the batch could be read
+    labels: Tensor | None  # (B,)
+    indices: list[int]  # B positions in the split
+    unreadable: list[tuple[int, str]]  # (index, why) of images that could not be read
+
+
+def shuffled(count: int, seed: int) -> Order:
+    """A new permutation each epoch."""
+
+    def order(epoch: int) -> Sequence[int]:
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        return torch.randperm(count, generator=generator).tolist()
+
+    return order
+
+
+def seed_of(*numbers: int) -> int:
+    """A well-mixed 63-bit seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds torch (every device), NumPy and Python from `numbers`."""
+    seed = seed_of(*numbers)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's mixup draws from NumPy's global generator
+    random.seed(seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cuts an epoch's order into global batches and each of those into `size * accumulate` shares.
+
+    `batch_size` is global (samples per optimizer step); the last batch of an epoch is shorter unless `drop_last`.
+    """
+
+    order: Order
+    count: int  # samples in an epoch
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    size: int = 1
+    drop_last: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+
+    def global_batch_size(self, step: int) -> int:
+        start = step % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.count - start)
+
+    def share(self, step: int, micro: int) -> tuple[int, int]:
+        """(start, stop) inside the global batch of `step` for this process's micro-batch number `micro`."""
+        shares, number = self.size * self.accumulate, self.rank * self.accumulate + micro
+        samples = self.global_batch_size(step)
+        return samples * number // shares, samples * (number + 1) // shares
+
+    def weight(self, step: int, micro: int) -> float:
+        """What this micro-batch's mean loss counts, so that averaging over processes gives the global batch's mean."""
+        start, stop = self.share(step, micro)
+        return (stop - start) * self.size / self.global_batch_size(step)
+
+    def keys(self, step: int, micro: int, order: Sequence[int]) -> list[Key]:
+        """The samples of one micro-batch. An empty share borrows the batch's first sample (its weight is 0):
+        every process takes part in every step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        first = batch * self.batch_size
+        start, stop = self.share(step, micro)
+        places = range(first + start, first + max(stop, start + 1)) if start < stop else [first]
+        return [Key(epoch, place, order[place]) for place in places]
+
+
+class _Steps(Sampler[list[Key]]):
+    """The micro-batches of steps start .. stop-1, across epochs, so that workers run ahead over an epoch's end."""
+
+    def __init__(self, plan: Plan, start: int, stop: int) -> None:
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = -1, []
+        for step in range(self.start, self.stop):
+            if step // self.plan.steps_per_epoch != epoch:
+                epoch = step // self.plan.steps_per_epoch
+                order = list(self.plan.order(epoch))
+            for micro in range(self.plan.accumulate):
+                yield self.plan.keys(step, micro, order)
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.plan.accumulate
+
+
+class _Seeded(Dataset[Any]):
+    """`images` addressed by Key: seeds the transforms by (seed, epoch, position); brings bad images along.
+
+    It leaves the global generators seeded: the engine seeds them anew before each forward pass.
+    """
+
+    def __init__(self, images: Images, seed: int) -> None:
+        self.images, self.seed = images, seed
+
+    def __getitem__(self, key: Key) -> Any:
+        seed_everything(self.seed, key.epoch, key.position)
+        return _read(self.images, key.sample)
+
+
+class _Plain(Dataset[Any]):
+    """`images` addressed by index, bad images brought along; for evaluation."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Any:
+        return _read(self.images, index)
+
+
+def _read(images: Images, index: int) -> tuple[Any, int, int] | tuple[None, str, int]:
+    try:
+        image, label = images[index]
+    except BadImage as error:
+        return None, str(error), index
+    return image, label, index
+
+
+def _collate(samples: list[Any]) -> Batch:
+    good = [sample for sample in samples if sample[0] is not None]
+    unreadable = [(index, why) for image, why, index in samples if image is None]
+    if not good:
+        return Batch(None, None, [], unreadable)
+    images, labels = default_collate([(image, label) for image, label, _ in good])
+    return Batch(images, labels, [index for _, _, index in good], unreadable)
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole process group: the training process decides, its workers go on until told.
+    # A worker that died would raise in the training process at any line, in the middle of an update too.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _loader(dataset: Dataset[Any], batches: Any, workers: int, pin_memory: bool) -> "DataLoader[Any]":
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+    )
+    _open.add(loader)
+    return loader
+
+
+_open: "WeakSet[DataLoader[Any]]" = WeakSet()
+
+
+@atexit.register
+def _close_workers() -> None:
+    """Ends workers that an error left behind: multiprocessing would send SIGTERM, which they ignore, and wait."""
+    for loader in _open:
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+def training_batches(
+    images: Images, plan: Plan, seed: int, steps: range, workers: int, pin_memory: bool
+) -> "DataLoader[Any]":
+    """One DataLoader over the micro-batches of all of `steps`; yields Batch."""
+    return _loader(_Seeded(images, seed), _Steps(plan, steps.start, steps.stop), workers, pin_memory)
+
+
+def evaluation_batches(
+    images: Images, batch_size: int, rank: int, size: int, workers: int, pin_memory: bool
+) -> "DataLoader[Any]":
+    """Every `size`-th sample from `rank` on, in order: nothing is padded, each sample belongs to one process."""
+    mine = range(rank, len(images), size)
+    batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+    return _loader(_Plain(images), batches, workers, pin_memory)

@@ -1,0 +1,15 @@
+"""Demo data, written once for all data tests; a test that changes it copies it first."""
+
+from pathlib import Path
+
+import pytest
+
+from common.data.demo import write_demo
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo")
+    for name in ("aircraft", "coco", "food101"):
+        write_demo(name, root)
+    return root

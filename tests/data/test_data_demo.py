@@ -1,0 +1,194 @@
+"""The demo data: real layouts, sensible splits, written once, never over other data."""
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from tiny_trees import sentence, write_food
+
+from common.data import aircraft, coco, demo, food101, write_demo
+from common.data.demo import CLASSES, DEMO_FORMAT, MARKER, SIZE, is_finished
+from common.data.readers import READERS
+from common.errors import UserError
+
+SPLITS = {"aircraft": ("train", "val", "test"), "coco": ("train2017", "val2017"), "food101": ("train", "test")}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_are_large_enough_balanced_and_disjoint(demo_root: Path, name: str) -> None:
+    sets = [READERS[name](demo_root, split) for split in SPLITS[name]]
+    assert 1000 <= len(sets[0]) <= 1310
+    assert 450 <= len(sets[-1]) <= 500
+    for images in sets:
+        assert sorted(images.classes) == sorted(CLASSES)
+        counts = Counter(images.labels).values()
+        assert len(counts) == 10
+        assert max(counts) <= 1.25 * min(counts)
+    assert sum(len(images) for images in sets) == len({id_ for images in sets for id_ in images.ids})
+
+
+def test_all_digits_are_used_once(demo_root: Path) -> None:
+    assert sum(len(food101(demo_root, split)) for split in ("train", "test")) == 1797
+    assert sum(len(aircraft(demo_root, split)) for split in ("trainval", "test")) == 1797
+    assert set(aircraft(demo_root, "trainval").ids) == {
+        id_ for split in ("train", "val") for id_ in aircraft(demo_root, split).ids
+    }
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_pictures_show_the_digit_of_their_label(demo_root: Path, name: str) -> None:
+    """Shrunk to 8 x 8 again, each picture is nearest to an original digit of its own class."""
+    bunch = load_digits()
+    originals = bunch.data * (255 / 16)  # (1797, 64)
+    images = READERS[name](demo_root, SPLITS[name][-1])
+    for index in range(0, len(images), 23):
+        image, label = images[index]
+        assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
+        pixels = np.asarray(image.resize((8, 8)).convert("L"), dtype=float).reshape(1, 64)
+        nearest = int(((originals - pixels) ** 2).sum(1).argmin())
+        assert images.classes[label] == CLASSES[bunch.target[nearest]]
+
+
+def test_layouts(demo_root: Path) -> None:
+    food, data, folder = demo_root / "food-101", demo_root / "fgvc-aircraft-2013b/data", demo_root / "coco"
+    assert {path.name for path in (food / "meta").iterdir()} == {
+        "classes.txt",
+        "labels.txt",
+        "train.json",
+        "train.txt",
+        "test.json",
+        "test.txt",
+    }
+    listed = json.loads((food / "meta/test.json").read_text())
+    assert (food / "meta/test.txt").read_text().split() == [id_ for ids in listed.values() for id_ in ids]
+    assert (data / "variants.txt").read_text().split() == sorted(CLASSES)
+    assert all(len(path.stem) == 7 and path.stem.isdecimal() for path in (data / "images").iterdir())
+    assert {path.name for path in folder.iterdir()} == {"annotations", "train2017", "val2017", MARKER}
+
+
+@pytest.mark.parametrize("split", SPLITS["coco"])
+def test_coco_tests_every_part_of_the_label_rule(demo_root: Path, split: str) -> None:
+    content = json.loads((demo_root / f"coco/annotations/instances_{split}.json").read_text())
+    category_ids = [category["id"] for category in content["categories"]]
+    assert category_ids != sorted(category_ids)
+    assert sorted(category_ids) != list(range(1, 11))
+    boxes: dict[int, list[dict[str, int]]] = {}
+    for box in content["annotations"]:
+        boxes.setdefault(box["image_id"], []).append(box)
+    assert all(len({box["category_id"] for box in of_image}) == len(of_image) >= 2 for of_image in boxes.values())
+    assert all(of_image[0]["id"] == max(box["id"] for box in of_image) for of_image in boxes.values())
+    assert all(of_image[0]["area"] < max(box["area"] for box in of_image) for of_image in boxes.values())
+    order = [box["image_id"] for box in content["annotations"]]
+    assert sum(a == b for a, b in itertools.pairwise(order)) < 5
+    without = {image["id"] for image in content["images"]} - set(boxes)
+    assert len(without) > 20
+    assert list(boxes) != [image["id"] for image in content["images"] if image["id"] in boxes]
+    files = set(os.listdir(demo_root / "coco" / split))
+    assert files == {image["file_name"] for image in content["images"]}
+    images = coco(demo_root, split)
+    assert set(images.ids) == {str(id_) for id_ in boxes}
+    assert images.classes == CLASSES
+
+
+def _state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_finished_tree_is_left_alone_and_content_is_reproducible(demo_root: Path, tmp_path: Path) -> None:
+    write_demo("food101", tmp_path)
+    first = _state(tmp_path / "food-101")
+    write_demo("food101", tmp_path)
+    assert _state(tmp_path / "food-101") == first
+    assert {name: data for name, (_, data) in first.items()} == {
+        name: data for name, (_, data) in _state(demo_root / "food-101").items()
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"food-101"}
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the writing, not of the content."""
+    few = {part: digits[:50] for part, digits in demo._digits().items()}
+    monkeypatch.setattr(demo, "_digits", lambda: few)
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize("damage", ["file missing", "file cut", "older format", "marker cut"])
+def test_an_unfinished_tree_is_written_anew(tmp_path: Path, damage: str) -> None:
+    write_demo("aircraft", tmp_path)
+    folder = tmp_path / "fgvc-aircraft-2013b"
+    image = min((folder / "data/images").iterdir())
+    marker = folder / MARKER
+    if damage == "file missing":
+        image.unlink()
+    elif damage == "file cut":
+        image.write_bytes(image.read_bytes()[:100])
+    elif damage == "older format":
+        marker.write_text(marker.read_text().replace(f'"format": {DEMO_FORMAT}', '"format": 0'))
+    else:
+        marker.write_text(marker.read_text()[:50])
+    assert not is_finished(folder)
+    write_demo("aircraft", tmp_path)
+    assert is_finished(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"fgvc-aircraft-2013b"}
+    assert len(aircraft(tmp_path, "train")) == 50
+
+
+def test_other_data_is_never_overwritten(tmp_path: Path) -> None:
+    folder = write_food(tmp_path)
+    before = _state(folder)
+    with pytest.raises(UserError) as caught:
+        write_demo("food101", tmp_path)
+    sentence(caught.value, folder, "holds other data", "--data-root")
+    assert _state(folder) == before
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "food-101").mkdir()
+    write_demo("food101", tmp_path)
+    assert len(food101(tmp_path, "test")) == 50
+
+
+def test_a_file_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "food-101").write_text("mine")
+    with pytest.raises(UserError) as caught:
+        write_demo("food101", tmp_path)
+    sentence(caught.value, tmp_path / "food-101")
+    assert (tmp_path / "food-101").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")  # a fresh interpreter would spend seconds on imports
+    processes = [context.Process(target=write_demo, args=("aircraft", tmp_path)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"fgvc-aircraft-2013b"}
+    assert is_finished(tmp_path / "fgvc-aircraft-2013b")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught:
+        write_demo("food101", tmp_path / "file")
+    sentence(caught.value, tmp_path / "file" / "food-101")
+
+
+def test_an_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        write_demo("imagenet", tmp_path)
+    sentence(caught.value, "'imagenet'")

@@ -1,0 +1,339 @@
+"""Downloads against a server on this machine: complete, interrupted, damaged, refused; no network where none is due."""
+
+import importlib
+import io
+import stat
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tiny_trees import sentence, write_aircraft, write_coco, write_food
+from torchvision.datasets import FGVCAircraft, Food101
+
+from common.data import aircraft, coco, food101, prepare
+from common.data import archive as archive_module
+from common.data.archive import check_zip, unpack_zip
+from common.errors import UserError
+
+# import_module, because the function of the same name hides the module as an attribute of common.data.
+prepare_module = importlib.import_module("common.data.prepare")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; `limit` cuts each answer after so many bytes; `requests` remembers (path, Range header)."""
+
+    files: dict[str, bytes]
+    requests: list[tuple[str, str | None]]
+    limit: int | None = None
+    ranges = True
+    url: str
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_HEAD(self) -> None:  # torchvision asks for redirects this way
+        self.send_response(200 if self.path in self.server.files else 404)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.requests.append((self.path, wanted))
+        content = self.server.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][: self.server.limit])
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.files, server.requests = {}, []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(prepare_module, "COCO_HOST", server.url)
+        monkeypatch.setattr(FGVCAircraft, "_URL", f"{server.url}/aircraft.tar.gz")
+        monkeypatch.setattr(Food101, "_URL", f"{server.url}/food-101.tar.gz")
+        monkeypatch.setattr(Food101, "_MD5", None)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def zipped(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as content:
+        for path in sorted(folder.rglob("*")):
+            content.write(path, path.relative_to(folder.parent))
+    return buffer.getvalue()
+
+
+def tarred(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as content:
+        content.add(folder, folder.name)
+    return buffer.getvalue()
+
+
+def offer_coco(server: Server, folder: Path) -> None:
+    write_coco(folder)
+    for path, part in (
+        ("/annotations/annotations_trainval2017.zip", "annotations"),
+        ("/zips/train2017.zip", "train2017"),
+        ("/zips/val2017.zip", "val2017"),
+    ):
+        server.files[path] = zipped(folder / "coco" / part)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# COCO
+
+
+def test_coco_arrives_whole_and_leaves_nothing_else(server: Server, tmp_path: Path) -> None:
+    offer_coco(server, tmp_path / "origin")
+    prepare("coco", tmp_path / "data")
+    expected = coco(tmp_path / "origin", "train2017").fingerprint()
+    assert coco(tmp_path / "data", "train2017").fingerprint() == expected
+    assert coco(tmp_path / "data", "val2017")[0][0].size == (8, 6)
+    assert names(tmp_path / "data/coco") == {"annotations", "train2017", "val2017"}
+    assert len(server.requests) == 3
+
+
+def test_a_complete_tree_needs_no_network(server: Server, tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    write_food(tmp_path)
+    write_aircraft(tmp_path)
+    for name in ("coco", "food101", "aircraft"):
+        for download in (True, False):
+            prepare(name, tmp_path, download=download)
+    assert server.requests == []
+
+
+def test_only_the_missing_part_is_fetched(server: Server, tmp_path: Path) -> None:
+    offer_coco(server, tmp_path / "origin")
+    annotations = write_coco(tmp_path / "data")
+    mine = annotations.with_name("instances_train2017.json")
+    mine.write_text(mine.read_text() + "\n")
+    annotations.unlink()
+    (tmp_path / "data/coco/val2017").rename(tmp_path / "aside")
+    (tmp_path / "data/coco/val2017").mkdir()
+    prepare("coco", tmp_path / "data")
+    assert [path for path, _ in server.requests] == ["/annotations/annotations_trainval2017.zip", "/zips/val2017.zip"]
+    assert mine.read_text().endswith("\n")  # a file that was there is kept
+    assert len(coco(tmp_path / "data", "val2017")) == 4
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path, ranges: bool) -> None:
+    offer_coco(server, tmp_path / "origin")
+    server.ranges = ranges
+    content = server.files["/annotations/annotations_trainval2017.zip"]
+    target = tmp_path / "data/coco"
+    target.mkdir(parents=True)
+    (target / "annotations_trainval2017.zip.part").write_bytes(content[:500])
+    prepare("coco", tmp_path / "data")
+    assert server.requests[0] == ("/annotations/annotations_trainval2017.zip", "bytes=500-")
+    assert len(coco(tmp_path / "data", "train2017")) == 4
+    assert names(target) == {"annotations", "train2017", "val2017"}
+
+
+def test_a_connection_that_breaks_is_taken_up_again(server: Server, tmp_path: Path) -> None:
+    offer_coco(server, tmp_path / "origin")
+    server.limit = max(len(content) for content in server.files.values()) // 2 + 1
+    prepare("coco", tmp_path / "data")
+    assert any(wanted for _, wanted in server.requests)
+    assert len(coco(tmp_path / "data", "train2017")) == 4
+
+
+def test_an_archive_put_there_by_hand_is_used(server: Server, tmp_path: Path) -> None:
+    offer_coco(server, tmp_path / "origin")
+    by_hand = tmp_path / "data/coco/train2017.zip"
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes(server.files.pop("/zips/train2017.zip"))
+    prepare("coco", tmp_path / "data")
+    assert len(coco(tmp_path / "data", "train2017")) == 4
+    assert not by_hand.exists()
+
+
+def test_a_damaged_archive_is_removed_before_anything_is_unpacked(server: Server, tmp_path: Path) -> None:
+    offer_coco(server, tmp_path / "origin")
+    path = "/zips/val2017.zip"
+    good = server.files[path]
+    position = good.index(b"JFIF")
+    server.files[path] = good[:position] + b"XXXX" + good[position + 4 :]
+    with pytest.raises(UserError) as caught:
+        prepare("coco", tmp_path / "data")
+    sentence(caught.value, tmp_path / "data/coco/val2017.zip", "damaged", "run again")
+    assert names(tmp_path / "data/coco") == {"annotations"}
+    server.files[path] = good
+    prepare("coco", tmp_path / "data")
+    assert len(coco(tmp_path / "data", "val2017")) == 4
+
+
+def test_http_errors_and_no_connection(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{server.url}/annotations/annotations_trainval2017.zip"
+    with pytest.raises(UserError) as caught:
+        prepare("coco", tmp_path)
+    assert "\n" not in str(caught.value)
+    for part in (url, tmp_path / "coco", "404", "by hand"):
+        assert str(part) in str(caught.value)
+    monkeypatch.setattr(prepare_module, "COCO_HOST", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UserError) as caught:
+        prepare("coco", tmp_path)
+    assert "\n" not in str(caught.value)
+    for part in ("http://127.0.0.1:9/annotations", tmp_path / "coco", "by hand"):
+        assert str(part) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["aircraft", "coco", "food101"])
+def test_without_download_a_missing_tree_is_one_sentence(server: Server, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(name, tmp_path / "data", download=False)
+    sentence(caught.value, tmp_path / "data", "is not there", "--no-download")
+    assert server.requests == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_tree_is_left_to_the_user(server: Server, tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    write_food(tmp_path)
+    images = [tmp_path / "coco/val2017/000000000005.jpg", tmp_path / "food-101/images/ramen/1.jpg"]
+    for name, image in zip(("coco", "food101"), images, strict=True):
+        image.unlink()
+        with pytest.raises(UserError) as caught:
+            prepare(name, tmp_path)
+        sentence(caught.value, image.parent, "lacks 1", "remove it")
+    assert server.requests == []
+
+
+def test_an_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare("imagenet", tmp_path)
+    sentence(caught.value, "'imagenet'", "aircraft, coco, food101")
+
+
+# Archives
+
+
+def write_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
+    with zipfile.ZipFile(path, "w") as content:
+        for name, data in members.items():
+            content.writestr(name, data)
+        if link:
+            info = zipfile.ZipInfo(link)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            content.writestr(info, "/etc/passwd")
+    return path
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["../evil.jpg", "/evil.jpg", "images/../../evil.jpg", "other/a.jpg", "..\\evil.jpg", "C:\\evil.jpg", "a.jpg"],
+)
+def test_members_outside_are_refused(tmp_path: Path, member: str) -> None:
+    path = write_zip(tmp_path / "a.zip", {"images/good.jpg": b"1", member: b"2"})
+    with pytest.raises(UserError) as caught:
+        check_zip(path, "images")
+    sentence(caught.value, path, "evil" if "evil" in member else member, "not unpacked")
+    assert names(tmp_path) == {"a.zip"}
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {"images/good.jpg": b"1"}, link="images/link.jpg")
+    with pytest.raises(UserError) as caught:
+        check_zip(path, "images")
+    sentence(caught.value, path, "images/link.jpg")
+
+
+@pytest.mark.parametrize("kind", ["cut", "page", "empty"])
+def test_what_is_no_zip_file_is_removed(tmp_path: Path, kind: str) -> None:
+    path = write_zip(tmp_path / "a.zip", {"images/good.jpg": b"1" * 1000})
+    path.write_bytes({"cut": path.read_bytes()[:-30], "page": b"<html>404</html>", "empty": b""}[kind])
+    with pytest.raises(UserError) as caught:
+        check_zip(path, "images")
+    sentence(caught.value, path, "damaged", "removed")
+    assert not path.exists()
+
+
+def test_unpacking_stops_before_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_zip(tmp_path / "a.zip", {"images/good.jpg": b"1" * 1000})
+    usage = archive_module.shutil.disk_usage(tmp_path)._replace(free=999)
+    monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError) as caught:
+        unpack_zip(path, "images", tmp_path)
+    sentence(caught.value, path, "1,000 bytes", "999")
+    assert names(tmp_path) == {"a.zip"}
+
+
+def test_a_failing_disk_leaves_nothing_half_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_zip(tmp_path / "a.zip", {"images/1.jpg": b"1", "images/2.jpg": b"2"})
+    real = zipfile.ZipFile.extract
+
+    def fail(self: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> str:
+        if member.filename.endswith("2.jpg"):
+            raise OSError(28, "No space left on device")
+        return real(self, member, target)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", fail)
+    with pytest.raises(UserError) as caught:
+        unpack_zip(path, "images", tmp_path)
+    sentence(caught.value, path, "No space left")
+    assert names(tmp_path) == {"a.zip"}
+
+
+def test_an_archive_without_the_folder(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {})
+    with pytest.raises(UserError) as caught:
+        unpack_zip(path, "images", tmp_path)
+    sentence(caught.value, path, "no folder images")
+
+
+# torchvision's two
+
+
+@pytest.mark.parametrize("name", ["aircraft", "food101"])
+def test_torchvision_downloads(server: Server, tmp_path: Path, name: str) -> None:
+    write_aircraft(tmp_path / "origin")
+    write_food(tmp_path / "origin")
+    server.files["/aircraft.tar.gz"] = tarred(tmp_path / "origin/fgvc-aircraft-2013b")
+    server.files["/food-101.tar.gz"] = tarred(tmp_path / "origin/food-101")
+    prepare(name, tmp_path / "data")
+    reader = {"aircraft": aircraft, "food101": food101}[name]
+    assert reader(tmp_path / "data", "test").fingerprint() == reader(tmp_path / "origin", "test").fingerprint()
+    assert names(tmp_path / "data") == {"fgvc-aircraft-2013b" if name == "aircraft" else "food-101"}
+
+
+@pytest.mark.parametrize("kind", ["absent", "cut", "page"])
+def test_a_failing_torchvision_download_leaves_nothing(server: Server, tmp_path: Path, kind: str) -> None:
+    write_aircraft(tmp_path / "origin")
+    content = tarred(tmp_path / "origin/fgvc-aircraft-2013b")
+    if kind != "absent":
+        server.files["/aircraft.tar.gz"] = content[: len(content) // 2] if kind == "cut" else b"<html>"
+    with pytest.raises(UserError) as caught:
+        prepare("aircraft", tmp_path / "data")
+    text = sentence(caught.value, f"{server.url}/aircraft.tar.gz", tmp_path / "data/fgvc-aircraft-2013b", "by hand")
+    assert "www.robots.ox.ac.uk" in text
+    assert names(tmp_path / "data") == set()
+    server.files["/aircraft.tar.gz"] = content
+    prepare("aircraft", tmp_path / "data")
+    assert len(aircraft(tmp_path / "data", "train")) == 2
