@@ -1,0 +1,113 @@
+"""What models built on a timm ViT share: building it, running its first blocks, freezing the rest, attention.
+
+Axes: B batch, H heads, N tokens (prefix tokens first, CLS foremost), Q query rows, K kept tokens, D width,
+d head width.
+"""
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+
+# Children of a timm ViT that stand before its blocks; every other child stands behind them.
+STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
+
+
+def build_vit(
+    backbone: str,
+    img_size: int | tuple[int, int],
+    pretrained: bool = False,
+    min_blocks: int = 1,
+    **backbone_kwargs: Any,
+) -> VisionTransformer:
+    """Build a timm VisionTransformer with a CLS token and at least `min_blocks` blocks, its own head kept.
+
+    `backbone_kwargs` go to `timm.create_model`. Raises UserError for any other backbone, and for an
+    `img_size` in pixels (height, width) that the patches do not tile: timm would drop the border unsaid.
+    """
+    wanted = f"a timm VisionTransformer with a CLS token and at least {min_blocks} blocks is needed"
+    if ":" not in backbone and not timm.is_model(backbone):  # "hf-hub:..." names are resolved by timm itself
+        raise UserError(f"backbone {backbone!r} is unknown to timm {timm.__version__}: {wanted}.")
+    try:
+        vit = timm.create_model(backbone, pretrained=pretrained, img_size=img_size, **backbone_kwargs)
+    except (TypeError, RuntimeError) as error:  # arguments that only ViTs take; an unknown tag
+        if isinstance(error, RuntimeError) and "pretrained tag" not in str(error):
+            raise
+        raise UserError(f"backbone {backbone!r} cannot be built ({error}): {wanted}.") from error
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"backbone {backbone!r} is a {type(vit).__name__}: {wanted}.")
+    if vit.cls_token is None:
+        raise UserError(f"backbone {backbone!r} has no CLS token: {wanted}.")
+    if len(vit.blocks) < min_blocks:
+        raise UserError(f"backbone {backbone!r} has {len(vit.blocks)} blocks: {wanted}.")
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    patch = vit.patch_embed.patch_size
+    if not backbone_kwargs.get("dynamic_img_pad") and any(s % p for s, p in zip(sides, patch, strict=True)):
+        raise UserError(f"img_size {img_size} is not a multiple of the patch size {patch} of {backbone!r}.")
+    return vit
+
+
+def num_heads(vit: VisionTransformer) -> int:
+    """Return the number of attention heads of the first block, whatever kind of timm block it is."""
+    heads = (getattr(module, "num_heads", None) for module in vit.blocks[0].modules())
+    return next(n for n in heads if n is not None)
+
+
+def run_blocks(vit: VisionTransformer, images: Tensor, depth: int) -> Tensor:
+    """Return the tokens as they leave block number `depth`, without the final norm.
+
+    images (B, 3, height, width) -> (B, N, D). timm's dropouts, pre-norm and gradient checkpointing apply.
+    """
+    x = vit.patch_embed(images)
+    x = vit._pos_embed(x)  # (B, N, D)
+    x = vit.norm_pre(vit.patch_drop(x))
+    for block in vit.blocks[:depth]:
+        if vit.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = block(x)
+    return x
+
+
+def freeze(*modules: nn.Module) -> None:
+    """Keep parameters that no gradient can reach from DistributedDataParallel and from weight decay."""
+    for module in modules:
+        module.requires_grad_(False)
+
+
+def freeze_beyond(vit: VisionTransformer, depth: int) -> None:
+    """Freeze what `run_blocks(vit, images, depth)` does not use: later blocks, norms, pooling and heads."""
+    behind = [child for name, child in vit.named_children() if name not in (*STEM, "blocks")]
+    freeze(*vit.blocks[depth:], *behind)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention in two steps, so that a caller can read the heads or ask for fewer rows."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, H, N, d), of tokens (B, N, D)."""
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the projected output (B, Q, D) of the queries q (B, H, Q, d) over k and v (B, H, N, d)."""
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, Q, d)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def select_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Return the tokens at `indices` (B, K): (B, N, D) -> (B, K, D)."""
+    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
