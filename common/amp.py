@@ -1,0 +1,113 @@
+"""Precision of the arithmetic: fp32, bf16 or fp16, by PyTorch's autocast and GradScaler or by NVIDIA apex.
+
+apex is optional and never installed by us: `apex.amp` left apex in 2025, and the package of that name on PyPI is
+unrelated.
+"""
+
+import importlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.errors import UserError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """One object that runs forward, backward and step at the chosen precision.
+
+    `precision` is fp32, bf16 or fp16; `backend` is native or apex (fp16 only). `init_scale` is the first loss scale of
+    native fp16 (PyTorch's own default is 2**16).
+    """
+
+    def __init__(
+        self,
+        precision: str,
+        device: torch.device,
+        backend: str = "native",
+        opt_level: str = "O1",
+        init_scale: float = 2.0**16,
+    ) -> None:
+        self.precision, self.device, self.backend, self.opt_level = precision, device, backend, opt_level
+        self.apex: Any = None
+        if backend == "apex":
+            self.apex = _import_apex(precision, device)
+        native_fp16 = precision == "fp16" and backend == "native"
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, enabled=native_fp16)
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """apex rewrites model and optimizer here; otherwise both come back as they are."""
+        if self.apex is None:
+            return model, optimizer
+        model, optimizer = self.apex.initialize(model, optimizer, opt_level=self.opt_level)
+        return model, optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.apex is not None or self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, AUTOCAST[self.precision])
+
+    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+        if self.apex is not None:
+            with self.apex.scale_loss(loss, optimizer) as scaled:
+                scaled.backward()
+        else:
+            self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], clip_grad: float | None) -> Tensor:
+        """Clips to the norm `clip_grad` (none: does not clip) and updates, unless a gradient is not finite.
+
+        Returns a 0-d bool tensor, true where the update was skipped. Gradients are already averaged over processes
+        here, so all of them decide alike.
+        """
+        if self.apex is not None:
+            parameters = list(self.apex.master_params(optimizer))
+        self.scaler.unscale_(optimizer)
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        skipped = ~torch.isfinite(norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Fused optimizers read this flag on the device (GradScaler sets it the same way): no wait for the GPU.
+            setattr(optimizer, "found_inf", skipped.float())  # noqa: B010 - no declared attribute
+            optimizer.step()
+        elif _apex_skips(optimizer) or not skipped.item():
+            optimizer.step()
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.apex is not None:
+            return dict(self.apex.state_dict())
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.apex is not None:
+            self.apex.load_state_dict(state)
+        elif state:
+            self.scaler.load_state_dict(state)
+
+
+def _apex_skips(optimizer: Optimizer) -> bool:
+    """Whether apex, having seen an overflow, put a `step` in place that skips once: uncalled, it would skip later."""
+    return getattr(getattr(optimizer, "_amp_stash", None), "already_patched", False)
+
+
+def _import_apex(precision: str, device: torch.device) -> Any:
+    if precision != "fp16" or device.type != "cuda":
+        raise UserError("--amp-backend apex works with --precision fp16 on a CUDA device only; leave it out otherwise")
+    try:
+        return importlib.import_module("apex.amp")
+    except ImportError as error:
+        raise UserError(
+            f"--amp-backend apex: apex.amp cannot be imported ({error}); build NVIDIA apex from its repository at a "
+            "version that still has apex.amp (PyPI's 'apex' is another program), or use --amp-backend native"
+        ) from error

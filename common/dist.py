@@ -1,0 +1,198 @@
+"""Processes: how they were launched, and collectives that are the identity when there is only one.
+
+Understood: plain `python`, `torchrun`, `python -m torch.distributed.launch` (RANK, WORLD_SIZE, LOCAL_RANK) and `srun`
+(SLURM_*). Collectives on Python objects and CPU tensors use gloo, gradients on CUDA use NCCL, so a host-side decision
+never waits for the GPU.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as distributed
+from torch import nn
+
+from common.errors import UserError
+
+T = TypeVar("T")
+DOWNLOAD_TIME = timedelta(days=2)  # how long others wait for rank 0 in `main_first`
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands: `rank` of `size`, `local_rank` on its machine, and how it was started."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "python"
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Reads the launcher's variables; raises UserError where they are incomplete or contradict each other."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if missing:
+            raise UserError(
+                f"the environment sets RANK or WORLD_SIZE but not {', '.join(missing)}: start with torchrun, "
+                "or unset them for a single process"
+            )
+        names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK" if "LOCAL_RANK" in environ else "RANK"), "torchrun"
+    elif environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # set by srun alone, not inside a bare sbatch script
+        names, launcher = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "slurm"
+    else:
+        return Launch()
+    rank, size, local_rank = (_number(environ, name) for name in names)
+    if not 0 <= local_rank <= rank < size:
+        values = ", ".join(f"{name}={environ[name]}" for name in dict.fromkeys(names))
+        raise UserError(f"{values} contradict each other: start with torchrun or srun, and set none of them yourself")
+    return Launch(rank, size, local_rank, launcher)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise UserError(
+            f"the environment variable {name} is {environ.get(name, 'missing')!r}, expected a whole number: "
+            "start with torchrun or srun, which set it"
+        ) from None
+
+
+def _slurm_rendezvous() -> None:
+    """MASTER_ADDR and MASTER_PORT from SLURM's own variables: the first host of the step, a port from the job id."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "localhost")
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+    port = 20000 + _number({"SLURM_JOB_ID": "0", **os.environ}, "SLURM_JOB_ID") % 12000  # below Linux's own choices
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[03-05,9],cpu1` -> `gpu03`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]+\])+", nodelist)  # up to the first comma outside brackets
+    if first is None:
+        raise UserError(f"SLURM_NODELIST={nodelist!r} names no host: set MASTER_ADDR and MASTER_PORT yourself")
+    return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", first[0])
+
+
+def choose_device(name: str, launch: Launch) -> torch.device:
+    """`auto` -> this process's CUDA device, else MPS, else the CPU; a device that is not there is a UserError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() and launch.size == 1 else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = launch.local_rank if device.index is None else device.index
+        if index >= count:
+            raise UserError(
+                f"--device {name}: process {launch.rank} needs CUDA device {index}, this machine offers {count}"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Metal device; use --device cpu")
+    return device
+
+
+def start(launch: Launch, device: torch.device, timeout_s: float = 1800) -> None:
+    """Joins the process group when there is more than one process; UserError where they cannot meet."""
+    if launch.size == 1:
+        return
+    if launch.launcher == "slurm":
+        _slurm_rendezvous()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        distributed.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=timeout)
+    except (distributed.DistError, ValueError) as error:
+        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the {launch.size} processes could not meet at {place} ({str(error).splitlines()[0]}): "
+            "check that host, or choose another port"
+        ) from error
+
+
+def stop() -> None:
+    if active():
+        distributed.destroy_process_group()
+
+
+def active() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    return distributed.get_rank() if active() else 0
+
+
+def size() -> int:
+    return distributed.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every process, in rank order, on every process."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's `value` on every process."""
+    if not active():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def maximum(number: int) -> int:
+    """The largest `number` of all processes; a meeting point as well. It never waits for a GPU."""
+    if not active():
+        return number
+    vote = torch.tensor([number])
+    distributed.all_reduce(vote, op=distributed.ReduceOp.MAX)
+    return int(vote.item())
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others do: it downloads or writes what they then find.
+
+    If it fails there it leaves, and the launcher ends the others: the fault is told once.
+    """
+    if not active():
+        yield
+        return
+    # A group of its own, for its time-out: a download takes longer than any collective should.
+    group: Any = distributed.new_group(backend="gloo", timeout=DOWNLOAD_TIME)
+    if not is_main():
+        distributed.barrier(group)
+    yield
+    if is_main():
+        distributed.barrier(group)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Rank 0's buffers (BatchNorm statistics) on every process, so that all evaluate, and save, the same model."""
+    if active():
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)

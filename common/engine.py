@@ -1,0 +1,281 @@
+"""Fit and evaluate, counted in optimizer steps; knows nothing of models, files or papers.
+
+B samples of a micro-batch, C classes, k = min(5, C).
+
+All randomness of a step (dropout, stochastic depth, mixing) is drawn from generators seeded by (seed, step,
+micro-batch, rank), and that of a sample by its place in the epoch (common.data.loader). Training resumed at a step
+therefore equals training that was never interrupted, bit for bit where the arithmetic itself is deterministic, and no
+generator state has to be saved.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from common import dist
+from common.amp import Precision
+from common.data.images import Images
+from common.data.loader import Batch, Plan, evaluation_batches, seed_everything, training_batches
+from common.errors import UserError
+from common.metrics import Predictions
+
+Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]  # (model, images, labels) -> mean loss, logits
+PATIENCE = 10  # updates skipped for a non-finite gradient before the run stops
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The default objective: mean cross-entropy of the logits, and the logits (B, C)."""
+    logits = model(images)
+    return F.cross_entropy(logits.float(), labels), logits
+
+
+@dataclass
+class Loading:
+    """How batches are brought: worker processes, samples per evaluation batch, unreadable images to tolerate."""
+
+    workers: int = 0
+    eval_batch_size: int = 32
+    skip_bad_images: int = 0
+    unreadable: dict[str, dict[int, str]] = field(default_factory=dict)  # split -> index -> why
+
+    def note(self, split: str, batch: Batch) -> None:
+        """Counts unreadable images; one more than allowed is a UserError with the path."""
+        for index, why in batch.unreadable:
+            self.unreadable.setdefault(split, {})[index] = why
+            if sum(map(len, self.unreadable.values())) > self.skip_bad_images:
+                raise UserError(
+                    f"{why}; mend or remove the file, or allow a number of such images with --skip-bad-images"
+                )
+
+
+@dataclass
+class Trainer:
+    """One training run between two optimizer steps.
+
+    `scheduler` is a torch scheduler, stepped once an update or once an epoch (`schedule_per`), or a timm scheduler,
+    which is told both. `steps` is the total number of updates.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any
+    precision: Precision
+    images: Images
+    plan: Plan
+    steps: int
+    device: torch.device
+    loading: Loading
+    seed: int = 0
+    objective: Objective = cross_entropy
+    clip_grad: float | None = None
+    schedule_per: str = "epoch"
+    step: int = 0  # updates done
+    skipped: int = 0  # of these, for a non-finite gradient
+    window: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # loss sum, correct, samples since the last report
+
+    def __post_init__(self) -> None:
+        self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)
+        self.wrapped = wrap(self.model, self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=_double(self.device))
+        self.bad_updates = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later steps depend on. State a process has to itself (GFT's EMA) is kept for each rank."""
+        transient: dict[str, Tensor] = getattr(self.model, "training_state", dict)()
+        self._read()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
+            "precision": self.precision.state_dict(),
+            "step": self.step,
+            "skipped": self.skipped,
+            "window": self.window,
+            "transient": dist.gather({name: value.cpu() for name, value in transient.items()}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.load_state_dict(state["precision"])
+        self.step, self.skipped, self.window = state["step"], state["skipped"], list(state["window"])
+        transient = state["transient"][dist.rank()] if dist.rank() < len(state["transient"]) else {}
+        if transient:
+            values = {name: value.to(self.device) for name, value in transient.items()}
+            self.model.load_training_state(values)  # type: ignore[operator]
+
+    def run(self) -> Iterator[int]:
+        """Trains from the present step to the last; yields the number of updates done after each one."""
+        cuda = self.device.type == "cuda"
+        steps = range(self.step, self.steps)
+        batches = iter(
+            training_batches(self.images, self.plan, self.seed, steps, self.loading.workers, pin_memory=cuda)
+        )
+        for step in steps:
+            self.model.train()
+            self._update(step, batches)
+            self.step = step + 1
+            self._advance_schedule()
+            yield self.step
+
+    def learning_rate(self) -> float:
+        """The rate of the update that comes next, of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def report(self) -> dict[str, float]:
+        """Sum of losses, correct and counted samples over all processes since the last report.
+
+        UserError after PATIENCE skipped updates.
+        """
+        self._read()
+        loss, correct, samples = (float(total) for total in np.sum(dist.gather(self.window), axis=0))
+        self.window = [0.0, 0.0, 0.0]
+        if self.skipped >= PATIENCE:
+            raise UserError(
+                f"{self.skipped} updates were skipped because loss or gradients were not finite (step {self.step}): "
+                "lower --lr, or use --precision fp32"
+            )
+        return {"loss": loss, "correct": correct, "samples": samples}
+
+    def _update(self, step: int, batches: Iterator[Batch]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in range(self.plan.accumulate):
+            batch = next(batches)
+            self.loading.note(self.images.split, batch)
+            if batch.images is None or batch.labels is None:
+                raise UserError(f"no image of the batch at step {step} could be read: {batch.unreadable[0][1]}")
+            seed_everything(self.seed, step, micro, self.plan.rank)
+            images = batch.images.to(self.device, non_blocking=True)
+            labels = batch.labels.to(self.device, non_blocking=True)
+            weight = self.plan.weight(step, micro)
+            last = micro == self.plan.accumulate - 1
+            quiet = (
+                self.wrapped.no_sync()
+                if not last and isinstance(self.wrapped, DistributedDataParallel)
+                else nullcontext()
+            )
+            with quiet:
+                with self.precision.autocast():
+                    loss, logits = self.objective(self.wrapped, images, labels)
+                self.precision.backward(loss * weight, self.optimizer)
+            if weight > 0:
+                self._count(loss.detach(), logits.detach(), labels)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.bad_updates += self.precision.step(self.optimizer, parameters, self.clip_grad).to(self.device)
+
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        correct = (logits.argmax(-1) == labels).sum()
+        values = (loss * len(labels), correct, torch.full_like(correct, len(labels)))
+        self.sums += torch.stack([value.to(self.sums) for value in values])
+
+    def _read(self) -> None:
+        """Brings the sums from the device; the only place of the training loop that waits for it."""
+        self.window = [old + new for old, new in zip(self.window, self.sums.tolist(), strict=True)]
+        self.sums.zero_()
+        self.skipped += int(self.bad_updates)
+        self.bad_updates.zero_()
+
+    def _advance_schedule(self) -> None:
+        epoch_done = self.step % self.plan.steps_per_epoch == 0
+        if self.scheduler is None:
+            return
+        if hasattr(self.scheduler, "step_update"):  # timm
+            self.scheduler.step_update(self.step)
+            if epoch_done:
+                self.scheduler.step(self.step // self.plan.steps_per_epoch)
+        elif self.schedule_per == "step" or epoch_done:
+            self.scheduler.step()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel where there are several processes; parameters without a gradient are not its business."""
+    if dist.size() == 1:
+        return model
+    if device.type == "cuda":
+        return DistributedDataParallel(model, device_ids=[device.index], gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    device: torch.device,
+    precision: Precision,
+    loading: Loading,
+    progress: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> Predictions:
+    """Predictions for every sample of `images`, each counted once however many processes share the work.
+
+    `model` is the bare module, not the wrapped one: processes may hold a different number of batches.
+    """
+    dist.share_buffers(model)
+    training = model.training
+    model.eval()
+    cuda = device.type == "cuda"
+    batches = evaluation_batches(
+        images, loading.eval_batch_size, dist.rank(), dist.size(), loading.workers, pin_memory=cuda
+    )
+    index: list[int] = []
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in progress(iter(batches)):
+        loading.note(images.split, batch)
+        if batch.images is None or batch.labels is None:
+            continue
+        with precision.autocast():
+            logits = model(batch.images.to(device, non_blocking=True))
+        logits = (logits[0] if isinstance(logits, tuple) else logits).float()  # (B, C)
+        labels = batch.labels.to(device, non_blocking=True)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        columns.append((labels, logits.topk(min(5, logits.shape[1])).indices, loss))
+        index.extend(batch.indices)
+    model.train(training)
+    return _gathered(index, columns, images, loading)
+
+
+def _gathered(
+    index: list[int], columns: list[tuple[Tensor, Tensor, Tensor]], images: Images, loading: Loading
+) -> Predictions:
+    width = min(5, len(images.classes))
+    empty = (torch.empty(0, dtype=torch.long), torch.empty(0, width, dtype=torch.long), torch.empty(0))
+    parts = [empty, *((labels.cpu(), ranked.cpu(), loss.cpu()) for labels, ranked, loss in columns)]
+    label, ranked, loss = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    mine = Predictions(np.asarray(index, dtype=np.int64), label, ranked, loss.astype(np.float64))
+    unreadable: set[int] = set().union(*dist.gather(set(loading.unreadable.get(images.split, {}))))
+    return Predictions.merge(dist.gather(mine), len(images), unreadable)
+
+
+def _double(device: torch.device) -> torch.device:
+    """Where float64 sums live: MPS has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+class Stopwatch:
+    """Images per second of training alone: paused while anything else happens."""
+
+    def __init__(self, images: int = 0, seconds: float = 0.0) -> None:
+        self.images, self.seconds = images, seconds
+        self.started = time.perf_counter()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+
+    def lap(self, images: int) -> None:
+        now = time.perf_counter()
+        self.seconds, self.images, self.started = self.seconds + now - self.started, self.images + images, now
+
+    def rate(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0

@@ -1,0 +1,67 @@
+"""The folder of a run: `OUTPUT/<script>/<time>-<id>/`. No run ever writes into the folder of another.
+
+last.pt, best.safetensors, model.json (recipe, class names, preprocessing), log.jsonl, tensorboard/, record.json,
+tables.
+"""
+
+import json
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.predict import read_model_info
+
+
+def new_folder(output: str, script: str) -> Path:
+    """Makes the folder of a new run; UserError where nothing can be written."""
+    folder = Path(output) / script / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    try:
+        folder.mkdir(parents=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another place with --output") from error
+    return folder
+
+
+def newest(output: str, script: str, having: str, lacking: str = "") -> Path:
+    """The newest run of `script` whose folder has the file `having` and not the file `lacking`."""
+    runs = sorted((Path(output) / script).glob("*/"), reverse=True)  # names begin with the time
+    for run in runs:
+        if (run / having).is_file() and not (lacking and (run / lacking).exists()):
+            return run
+    what = "interrupted run" if lacking else "finished or running training"
+    raise UserError(f"{Path(output) / script} holds no {what} of {script}: name its folder, or see --output")
+
+
+def check_same_experiment(
+    folder: Path, info: dict[str, Any], recipe: dict[str, Any], overrides: dict[str, Any], demo: bool
+) -> None:
+    """A run may be resumed only as what it was: UserError that names the recipe fields which differ.
+
+    `recipe` is what the script and the command line ask for now, `overrides` what was given on the command line. Fields
+    given when the run was started need not be given again.
+    """
+    if info["demo"] != demo:
+        flag = "with" if info["demo"] else "without"
+        raise UserError(f"{folder} was started {flag} --demo: resume it the same way")
+    wanted = recipe | {name: value for name, value in info["overrides"].items() if name not in overrides}
+    wanted = json.loads(json.dumps(wanted))  # as `model.json` holds it: tuples are lists there
+    stored = info["recipe"]
+    differing = [name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} {stored.get(name)} -> {wanted.get(name)}" for name in sorted(differing))
+        raise UserError(
+            f"{folder} was started with another recipe ({changes}): start a new run, or resume with the old values"
+        )
+
+
+def open_run(path: str, script: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and `model.json` of the run of `script` at `path`."""
+    folder = Path(path)
+    info = read_model_info(folder)
+    if info["script"] != script:
+        raise UserError(f"{folder} is a run of {info['script']}, not of {script}: use it with that script")
+    return folder, info

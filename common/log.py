@@ -1,0 +1,123 @@
+"""What a run tells while it runs: `log.jsonl`, TensorBoard, optionally Weights & Biases, and the bar on the screen.
+
+Only rank 0 writes. A resumed run continues its files: lines of steps that will be done again are cut off first.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from common import dist
+from common.errors import UserError
+from common.files import write_text
+
+T = TypeVar("T")
+
+
+class Log:
+    """Appends a JSON object a line to `folder/log.jsonl`, and its numbers to TensorBoard under `{kind}/{name}`."""
+
+    def __init__(self, folder: Path, from_step: int, wandb: bool, config: dict[str, Any]) -> None:
+        self.active = dist.is_main()
+        self.wandb: Any = None
+        if not self.active:
+            return
+        self.path = folder / "log.jsonl"
+        if self.path.exists():
+            _cut(self.path, from_step)
+        # Imported here: it takes a second, and --help, --predict and every other process do without.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        if wandb:
+            self.wandb = _start_wandb(folder, config)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """UserError where the disk fails."""
+        if not self.active:
+            return
+        line = {"kind": kind, "step": step, **_finite(values), "time": round(time.time(), 3)}
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for tag, value in numbers.items():
+                self.board.add_scalar(tag, value, step)
+        except OSError as error:
+            raise UserError(f"{self.path} or tensorboard/ beside it cannot be written ({error.strerror})") from error
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self.active:
+            self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinities, which JSON does not know, become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+
+
+def _cut(path: Path, from_step: int) -> None:
+    """Keeps the whole lines of steps up to `from_step`: a killed run may have logged on after its last checkpoint."""
+
+    def keep(line: str) -> bool:
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= from_step
+        except (ValueError, KeyError, TypeError):  # what a power cut made of the last lines
+            return False
+
+    with open(path, encoding="utf-8", errors="replace") as file:
+        kept = "".join(filter(keep, file))
+    write_text(path, kept)
+
+
+def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb needs the wandb package: pip install wandb, or leave the flag out") from error
+    try:
+        # With the folder's name as id, a resumed run goes on with its curves.
+        return wandb.init(
+            project=folder.parent.name, id=folder.name, resume="allow", dir=str(folder.absolute()), config=config
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from error
+
+
+def bar(items: Iterable[T] | None, title: str, total: int | None = None, initial: int = 0) -> "tqdm[T]":
+    """A progress bar on a terminal's standard error; silent elsewhere and on every process but the first."""
+    return tqdm(
+        items,
+        desc=title,
+        total=total,
+        initial=initial,
+        disable=None if dist.is_main() else True,
+        dynamic_ncols=True,
+        leave=False,
+        file=sys.stderr,
+    )
+
+
+def watched(batches: Iterator[T], title: str, total: int) -> Iterator[T]:
+    """`batches` with a bar."""
+    return iter(bar(batches, title, total))
+
+
+def say(text: str) -> None:
+    """A line for the user, from one process, above any bar."""
+    if dist.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()

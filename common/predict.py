@@ -1,0 +1,233 @@
+"""From a finished run to predictions on any image: `model.json` beside `best.safetensors` says all that is needed.
+
+    python -m common.predict --run runs/gft_food101/<run> --images photo.jpg folder/ --top 5 --out predictions.csv
+
+The scripts' `--predict` is the same. C classes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+import common.models
+from common import dist
+from common.data.images import Images
+from common.errors import UserError
+from common.files import write_csv, write_text
+from common.recipe import parse
+from common.weights import load_checkpoint
+
+# What model.json says.
+MODEL_INFO = (
+    "script",
+    "side",
+    "demo",
+    "seed",
+    "overrides",
+    "recipe",
+    "weights",
+    "architecture",
+    "classes",
+    "preprocessing",
+)
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def describe_transform(transform: T.Compose) -> list[dict[str, Any]]:
+    """The evaluation transform as JSON, for `restore_transform`."""
+    steps: list[dict[str, Any]] = []
+    for step in transform.transforms:
+        if isinstance(step, T.Resize):
+            size = step.size if isinstance(step.size, int) else list(step.size)
+            steps.append({"name": "Resize", "size": size, "interpolation": step.interpolation.value})
+        elif isinstance(step, T.CenterCrop):
+            steps.append({"name": "CenterCrop", "size": list(step.size)})
+        elif isinstance(step, T.ToTensor):
+            steps.append({"name": "ToTensor"})
+        elif isinstance(step, T.Normalize):
+            steps.append({"name": "Normalize", "mean": list(step.mean), "std": list(step.std)})
+        else:
+            raise TypeError(
+                f"describe_transform does not know {type(step).__name__}: add it there and in restore_transform"
+            )
+    return steps
+
+
+def restore_transform(steps: list[dict[str, Any]]) -> T.Compose:
+    """The transform that `describe_transform` described."""
+    known = {kind.__name__: kind for kind in (T.Resize, T.CenterCrop, T.ToTensor, T.Normalize)}
+    restored = []
+    for step in steps:
+        arguments = {name: value for name, value in step.items() if name != "name"}
+        if "interpolation" in arguments:
+            arguments["interpolation"] = InterpolationMode(arguments["interpolation"])
+        restored.append(known[step["name"]](**arguments))
+    return T.Compose(restored)
+
+
+def describe_model(model: nn.Module, num_classes: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The class and arguments that build `model` again: one of common.models, which keeps its own, or a timm model."""
+    if type(model).__module__.startswith("common.models"):
+        config: Any = model.config
+        return {"library": "common.models", "name": type(model).__name__, "arguments": dict(config)}
+    origin: Any = model.pretrained_cfg
+    name = ".".join(part for part in (origin["architecture"], origin.get("tag")) if part)
+    arguments = {"num_classes": num_classes, **model_kwargs}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        arguments["img_size"] = list(size)
+    return {"library": "timm", "name": name, "arguments": arguments}
+
+
+def rebuild(description: dict[str, Any]) -> nn.Module:
+    """The model of `describe_model`, with fresh weights; nothing is downloaded."""
+    name, arguments = description["name"], description["arguments"]
+    if description["library"] == "timm":
+        if not timm.is_model(name):  # nor a "hf-hub:..." that timm would fetch
+            raise ValueError(f"timm has no model {name!r}")
+        return timm.create_model(name, pretrained=False, **arguments)
+    model: nn.Module = getattr(common.models, name)(pretrained=False, **arguments)
+    return model
+
+
+def read_model_info(run_folder: Path) -> dict[str, Any]:
+    """`model.json` of a run; UserError where there is none."""
+    path = run_folder / "model.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} does not exist: expected the folder of a run, such as runs/gft_food101/<time>-<id>"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable model description ({error})") from error
+    missing = [name for name in MODEL_INFO if not isinstance(info, dict) or name not in info]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it was not written by this repository")
+    return info
+
+
+@dataclass
+class Predictor:
+    """A model ready to name what is on a picture."""
+
+    model: nn.Module
+    transform: T.Compose
+    classes: list[str]
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, paths: list[Path], top: int, batch_size: int = 32) -> list[list[tuple[int, float]]]:
+        """For each image the `top` best (class, probability), best first."""
+        images = Images("predict", "input", list(map(str, paths)), paths, [0] * len(paths), ["?"], self.transform)
+        self.model.eval()
+        ranked: list[list[tuple[int, float]]] = []
+        for start in range(0, len(images), batch_size):
+            batch = torch.stack([images[i][0] for i in range(start, min(start + batch_size, len(images)))])
+            logits = self.model(batch.to(self.device)).float()  # (B, C)
+            best = logits.softmax(-1).topk(min(top, len(self.classes)))
+            for classes, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                ranked.append(list(zip(classes, probabilities, strict=True)))
+        return ranked
+
+
+def load_run(folder: Path, device: torch.device) -> Predictor:
+    """The best model of a run. UserError where a file is missing or damaged, or does not belong to the other."""
+    info = read_model_info(folder)
+    try:
+        model, transform = rebuild(info["architecture"]), restore_transform(info["preprocessing"])
+        num_classes = info["architecture"]["arguments"]["num_classes"]
+    except Exception as error:  # a description that was edited can make the libraries raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder / 'model.json'} describes no model that can be built here ({reason})") from error
+    if num_classes != len(info["classes"]):
+        raise UserError(f"{folder / 'model.json'} names {len(info['classes'])} classes for a model of {num_classes}")
+    load_checkpoint(model, folder)
+    return Predictor(model.to(device), transform, info["classes"], device)
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """The image files among `paths`, and those in folders. UserError for a path that is not there or holds none."""
+    found: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise UserError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path} does not exist: --predict takes image files and folders")
+    return list(dict.fromkeys(found))
+
+
+def write_predictions(
+    paths: list[Path], ranked: list[list[tuple[int, float]]], classes: list[str], out: str | None
+) -> None:
+    """Prints the predictions, and writes them to `out` (.csv: a row a guess; .json: an object a guess)."""
+    for path, guesses in zip(paths, ranked, strict=True):
+        print(f"{path}: " + ", ".join(f"{classes[number]} {probability:.1%}" for number, probability in guesses))
+    if out is None:
+        return
+    heading = ("path", "rank", "class", "name", "probability")
+    rows = [
+        (str(path), rank, number, classes[number], probability)
+        for path, guesses in zip(paths, ranked, strict=True)
+        for rank, (number, probability) in enumerate(guesses, 1)
+    ]
+    if Path(out).suffix == ".json":
+        write_text(Path(out), json.dumps([dict(zip(heading, row, strict=True)) for row in rows], indent=1))
+    else:
+        write_csv(Path(out), [heading, *rows])
+
+
+def check_out(out: str | None) -> None:
+    """Refuses an `--out` that could not be written, before any work is done."""
+    if out is None:
+        return
+    if Path(out).suffix not in (".csv", ".json"):
+        raise UserError(f"--out {out}: expected a name that ends in .csv or .json")
+    if not Path(out).absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {Path(out).absolute().parent} does not exist")
+
+
+@dataclass
+class _Request:
+    run: str = ""  # folder of a finished run
+    images: list[str] = dataclasses.field(default_factory=list)  # image files and folders
+    top: int = 5  # guesses an image
+    out: str | None = None  # also write a .csv or .json file
+
+
+@dataclass
+class _Options:
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+
+
+def main() -> None:
+    """`python -m common.predict --run DIR --images PATH...`"""
+    request, options, _ = parse(_Request, _Options, (__doc__ or "").splitlines()[0])
+    try:
+        if not request.run or not request.images or request.top < 1:
+            raise UserError("give the folder of a run with --run, images with --images, and --top 1 or more")
+        check_out(request.out)
+        paths = find_images(request.images)
+        predictor = load_run(Path(request.run), dist.choose_device(options.device, dist.Launch()))
+        write_predictions(paths, predictor(paths, request.top), predictor.classes, request.out)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

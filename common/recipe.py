@@ -1,0 +1,177 @@
+"""A script's dataclass becomes its command line; no script knows argparse.
+
+Every field is a flag (`batch_size` -> `--batch-size`, `--batch_size` works too) with the field's default, and the
+comment behind a field in the source is the flag's help, so that a script states each number once. Supported
+annotations: bool (`--x`, or `--no-x` too where it is on by default), int, float, str, each of these three `| None`
+(the word `none`), Literal of words, list[str] (one or more words), dict[str, Any] (`key=value` words).
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, TypeVar
+
+RecipeT = TypeVar("RecipeT")
+OptionsT = TypeVar("OptionsT")
+
+OPTIONAL_VALUE = "value if given bare"  # metadata key: `--resume` may stand alone and then means this
+
+
+def parse(
+    recipe_class: type[RecipeT], options_class: type[OptionsT], description: str, argv: Sequence[str] | None = None
+) -> tuple[RecipeT, OptionsT, dict[str, Any]]:
+    """Reads the command line into both dataclasses.
+
+    Returns the recipe, the options and the recipe fields that were given explicitly (name -> value).
+    Exits with status 2 and one sentence on an unknown flag or a value of the wrong type.
+    """
+    parser = _Parser(
+        usage="%(prog)s [--flag VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_fields(parser.add_argument_group("recipe (the published values are the defaults)"), recipe_class)
+    _add_fields(parser.add_argument_group("running it (nothing here changes the experiment)"), options_class)
+    # torch.distributed.launch passes it; the launcher's environment variables say the same and more.
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+    words = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args([_dashed(word) for word in words]))
+    given.pop("local_rank", None)
+    names = {field.name for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
+    overrides = {name: value for name, value in given.items() if name in names}
+    options = {name: value for name, value in given.items() if name not in names}
+    return recipe_class(**overrides), options_class(**options), overrides
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The trailing comment of each field in the source of dataclass `cls`, by field name."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # defined in an interactive session: there is no file to read
+        return {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    comments = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)  # a formatter may wrap a field
+            comments[node.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
+    return comments
+
+
+def _add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    comments = field_comments(cls)
+    for field in dataclasses.fields(cls):
+        flag = "--" + field.name.replace("_", "-")
+        settings = _settings(hints[field.name], _default(field))
+        if OPTIONAL_VALUE in field.metadata:
+            settings |= {"nargs": "?", "const": field.metadata[OPTIONAL_VALUE]}
+        text = f"{comments.get(field.name, '')} [{_shown(_default(field))}]".strip().replace("%", "%%")
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(value) or "none"
+    return str(value)
+
+
+def _settings(hint: Any, default: Any) -> dict[str, Any]:
+    """The keyword arguments of add_argument for one annotation."""
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        optional, hint = True, kinds[0]
+    origin = typing.get_origin(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    if origin is Literal:
+        return {"choices": typing.get_args(hint)}
+    if origin is list:
+        return {"nargs": "+", "metavar": "X"}
+    if origin is dict:
+        return {"nargs": "*", "metavar": "KEY=VALUE", "action": _KeyValues}
+    if hint not in (int, float, str):
+        raise TypeError(f"a field annotated {hint} cannot be a flag: see the annotations that common.recipe supports")
+    return {"type": _or_none(hint) if optional else hint, "metavar": {int: "N", float: "X", str: "S"}[hint]}
+
+
+def _or_none(kind: type) -> Any:
+    def convert(word: str) -> Any:
+        return None if word.lower() == "none" else kind(word)
+
+    convert.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return convert
+
+
+def _dashed(word: str) -> str:
+    """`--batch_size=8` -> `--batch-size=8`; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+class _KeyValues(argparse.Action):
+    """`--model-kwargs depth=9 act_layer=gelu` -> {"depth": 9, "act_layer": "gelu"}, as timm's train.py reads it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        pairs: dict[str, Any] = {}
+        for word in values:
+            key, equals, value = word.partition("=")
+            if not equals or not key:
+                raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {word!r}")
+            pairs[key] = _literal(value)
+        setattr(namespace, self.dest, pairs)
+
+
+def _literal(word: str) -> Any:
+    """What `word` means in Python's notation, if model.json and records can hold that; else the word itself."""
+    try:
+        value = ast.literal_eval(word)
+        json.dumps(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return word
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence instead of the whole usage; the nearest flag where one was mistyped."""
+        hint = "--help lists every flag"
+        if message.startswith("unrecognized arguments: -"):
+            word = message.split(": ", 1)[1].split()[0].partition("=")[0]
+            near = difflib.get_close_matches(word, list(self._option_string_actions), n=1)
+            hint = f"did you mean {near[0]}? {hint}" if near else hint
+        line = " ".join(message.split())  # a word of the command line may hold line ends
+        self.exit(2, f"{self.prog}: error: {line}; {hint}\n")

@@ -1,0 +1,62 @@
+"""DenseNet169 on FGVC-Aircraft (arXiv 2504.09852).
+
+    python densenet169_fgvcaircraft.py                         the published protocol, fp32, one process
+    torchrun --nproc_per_node 4 densenet169_fgvcaircraft.py    the same batch of 32, divided among 4 GPUs
+    python densenet169_fgvcaircraft.py --demo                  a small model on digits, a minute on a CPU
+
+100 variants. Trains on `train` alone (3,334 images); `val` chooses the best epoch, `test` (3,333) is reported.
+--released changes nothing here. Compare: python -m common.results --row densenet169_fgvcaircraft
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchvision import transforms as T
+
+from common.data import Data, aircraft
+from common.run import run
+
+
+@dataclass
+class Recipe:
+    model: str = "densenet169.tv_in1k"  # timm model; the tag names its ImageNet weights
+    img_size: int = 224  # pixels, square; the aspect ratio is not kept
+    epochs: int = 50  # passes over the training images
+    batch_size: int = 32  # images per optimizer step, over all processes
+    lr: float = 1e-4  # learning rate of AdamW at the start
+    weight_decay: float = 0.05  # of AdamW, on every parameter
+    t_max: int = 30  # epochs in half a cosine period: the rate rises again after it, as published
+    seed: int | None = 42  # of order, augmentation and new layers
+    weights: str = "pretrained"  # pretrained, none, or a .npz, .safetensors or .pth file
+    data_root: str = "data"  # holds fgvc-aircraft-2013b/
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the timm model
+    released: bool = False  # compute what the released code computed, not what the paper describes
+
+
+def data(recipe: Recipe) -> Data:
+    resize = T.Resize((recipe.img_size, recipe.img_size), T.InterpolationMode.BICUBIC)
+    tensor = [T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
+    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
+    plain = T.Compose([resize, *tensor])
+    train, val, test = (aircraft(recipe.data_root, split) for split in ("train", "val", "test"))
+    return Data(train.with_transform(augmented), val.with_transform(plain), test.with_transform(plain))
+
+
+def build(recipe: Recipe, num_classes: int) -> nn.Module:
+    pretrained = recipe.weights == "pretrained"
+    return timm.create_model(recipe.model, pretrained, num_classes=num_classes, **recipe.model_kwargs)
+
+
+def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]:
+    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return optimizer, CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
+
+
+if __name__ == "__main__":
+    small = dict(growth_rate=8, block_config=(2, 2, 2, 2))
+    demo = dict(img_size=32, epochs=15, lr=1e-3, t_max=15, model_kwargs=small)
+    run(Recipe, data, build, optimize, dataset="aircraft", demo=demo)
