@@ -1,0 +1,72 @@
+"""README, docs and Makefile say what is true: tables current, links, flags, ids and targets exist."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIDELITY = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def test_results_table_is_current() -> None:
+    command = [sys.executable, "-m", "common.results", "--runs", "records", "--readme", "README.md", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_script_is_in_the_readme() -> None:
+    assert sorted(set(re.findall(r"`(\w+\.py)`", README))) == SCRIPTS
+
+
+def test_flags_in_the_readme_exist() -> None:
+    text = run_script("gft_food101.py", "--help").out
+    scripts = README.partition("## Data")[0].partition("## One row")[2]
+    flags = set(re.findall(r"--[a-z][a-z-]+", scripts))
+    assert len(flags) > 10
+    assert {flag for flag in flags if flag not in text} == set()
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fidelity_ids_that_a_script_names_exist(script: str) -> None:
+    text = (ROOT / script).read_text(encoding="utf-8").partition("from dataclasses")[0]
+    named = re.findall(r"\b[A-Z]+-\d+\b", text)
+    assert all(f"| {name} |" in FIDELITY for name in named)
+    assert bool(named) == ("docs/fidelity.md" in text)
+
+
+def test_switched_differences_are_in_the_scripts() -> None:
+    """Each id of the first table is named by the scripts that it concerns, and by no other."""
+    concerned = {
+        "GFT-1": [name for name in SCRIPTS if name.startswith("gft_")],
+        "DATA-1": [name for name in SCRIPTS if name.lower().endswith("food101.py")],
+        "BIT-1": ["resnetv2_101x3_bitm_coco.py", "resnetv2_101x3_bitm_food101.py"],
+    }
+    table = FIDELITY.partition("## Our reading")[0]
+    assert set(re.findall(r"^\| ([A-Z]+-\d+) \|", table, re.MULTILINE)) == concerned.keys()
+    for name, scripts in concerned.items():
+        assert [script for script in SCRIPTS if name in (ROOT / script).read_text(encoding="utf-8")] == scripts
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"make ([a-z]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_tests_named_in_the_fidelity_page_exist() -> None:
+    for path, function in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", FIDELITY):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not function or f"def {function}(" in text
+    everything = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for function in re.findall(r"`(test_\w+)`", FIDELITY):
+        assert f"def {function}(" in everything
