@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demos test lint clean
+.PHONY: demo demos test lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/python gft_food101.py --demo
@@ -17,6 +17,9 @@ lint: .venv/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks.models
 
 # The stamps are made last: an installation that was interrupted is taken up again.
 .venv/.installed: requirements.txt

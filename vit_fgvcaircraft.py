@@ -58,6 +58,6 @@ def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]
 
 
 if __name__ == "__main__":
-    small = dict(patch_size=4, embed_dim=64, depth=6, num_heads=4, drop_path_rate=0.1)
-    demo = dict(img_size=16, epochs=25, lr=2e-3, t_max=25, model_kwargs=small)
+    small = dict(patch_size=4, embed_dim=64, depth=6, num_heads=4)
+    demo = dict(img_size=16, epochs=40, lr=2e-3, t_max=40, model_kwargs=small)
     run(Recipe, data, build, optimize, dataset="aircraft", demo=demo)

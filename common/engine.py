@@ -87,6 +87,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)
         self.wrapped = wrap(self.model, self.device)
+        self.rate = float(self.optimizer.param_groups[0]["lr"])  # of the present update, first parameter group
         self.sums = torch.zeros(3, dtype=torch.float64, device=_double(self.device))
         self.bad_updates = torch.zeros((), dtype=torch.long, device=self.device)
 
@@ -126,14 +127,11 @@ class Trainer:
         )
         for step in steps:
             self.model.train()
+            self.rate = float(self.optimizer.param_groups[0]["lr"])
             self._update(step, batches)
             self.step = step + 1
             self._advance_schedule()
             yield self.step
-
-    def learning_rate(self) -> float:
-        """The rate of the update that comes next, of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def report(self) -> dict[str, float]:
         """Sum of losses, correct and counted samples over all processes since the last report.

@@ -69,6 +69,7 @@ class Options:
     top: int = 5  # guesses an image for --predict
     out: str | None = None  # also write the predictions to a .csv or .json file
     download: bool = True  # fetch the data set where it is missing and its authors allow it
+    dist_timeout: float = 1800  # seconds that a process waits for the others (raise it where rank 0 downloads for long)
     skip_bad_images: int = 0  # go on past up to N unreadable images; the record lists them
     limit: int | None = None  # use only the first N images of each split: a trial that never counts as a result
     wandb: bool = False  # log to Weights & Biases too (pip install wandb)
@@ -139,7 +140,7 @@ def run(
         )
         _leave(1)
     except KeyboardInterrupt:
-        print(f"{script.name}: interrupted", file=sys.stderr)
+        print(f"{script.name}: interrupted; a training run goes on from its last save with --resume", file=sys.stderr)
         _leave(130)
     finally:
         dist.stop()
@@ -164,7 +165,7 @@ def _dispatch(experiment: Experiment, recipe: Any, options: Options, overrides: 
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     launch = dist.detect()
     device = dist.choose_device(options.device, launch)
-    dist.start(launch, device)
+    dist.start(launch, device, options.dist_timeout)
     if options.demo:
         torch.set_num_threads(1)  # the demo's models are too small for more: threads would wait for each other
         changes: dict[str, Any] = {"weights": "none", "data_root": str(Path(options.output) / "demo-data")}
@@ -193,6 +194,8 @@ def _train(
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
     data = _data(experiment, recipe, options)
+    if recipe.epochs < 1:
+        raise UserError(f"--epochs {recipe.epochs}: at least one is needed")
     plan = plan_batches(data.train, recipe.batch_size, options.accumulate, seed)
     seed_everything(seed)
     model, weights = _model(experiment, recipe, len(data.classes), load=folder is None)
@@ -237,7 +240,7 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
     )
     say(
         f"batch {plan.batch_size} = {plan.size} processes x {plan.accumulate} micro-batches x "
-        f"{plan.batch_size // (plan.size * plan.accumulate)}, lr {trainer.learning_rate():g}, {trainer.steps:,} steps, "
+        f"{plan.batch_size // (plan.size * plan.accumulate)}, lr {trainer.rate:g}, {trainer.steps:,} steps, "
         f"seed {session.seed}, {options.precision}, {device_name(session.device)}"
     )
     say(f"run folder: {session.folder}")

@@ -223,11 +223,11 @@ class Training:
 
     def _report(self) -> str:
         """Logs the steps since the last report, adds them to the epoch's sums, and says them for the bar."""
-        rate, sums = self.trainer.learning_rate(), self.trainer.report()
+        sums = self.trainer.report()
         self.epoch_sums = {name: self.epoch_sums.get(name, 0.0) + value for name, value in sums.items()}
         figures = {"loss": sums["loss"] / sums["samples"], "accuracy": sums["correct"] / sums["samples"]}
         speed = round(self.watch.rate(), 2)
-        more = {"lr": rate, "images_per_s": speed, "skipped": self.trainer.skipped}
+        more = {"lr": self.trainer.rate, "images_per_s": speed, "skipped": self.trainer.skipped}
         self.log.write("train", self.trainer.step, epoch=round(self.epoch, 4), **figures, **more)
         return f"loss {figures['loss']:.3f}, acc {figures['accuracy']:.1%}, {speed:.0f} images/s"
 

@@ -204,14 +204,13 @@ def test_resume_is_exact(pictures: Images, stop: int) -> None:
     second.load_state_dict(state)
     rest = [(step, second.report()) for step in second.run()]
     assert_same(parameters(second.model), parameters(whole.model))
-    assert second.learning_rate() == whole.learning_rate()
+    assert second.rate == whole.rate
     assert rest[1:] == reports[stop + 1 :]
 
 
 def rates(trainer: Trainer) -> list[float]:
-    seen = [trainer.learning_rate()]
-    seen += [trainer.learning_rate() for _ in trainer.run()]
-    return seen[:-1]  # of each update, as it was applied
+    """Of each update, as it was applied."""
+    return [trainer.rate for _ in trainer.run()]
 
 
 def test_schedules(pictures: Images) -> None:

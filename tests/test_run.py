@@ -346,6 +346,7 @@ def test_batch_that_the_processes_cannot_divide(demo_output: Path) -> None:
         (("--model", "resnet18"), 1, "resnet18"),
         (("--img-size", "17"), 1, "17"),
         (("--batch-size", "0"), 1, "--batch-size"),
+        (("--epochs", "0"), 1, "--epochs"),
     ],
 )
 def test_bad_input_gives_one_sentence(
@@ -379,6 +380,37 @@ def test_weights_that_cannot_be_downloaded(demo_output: Path, tmp_path: Path, mo
     for part in ("vit_base_patch16_224.augreg2_in21k_ft_in1k", str(tmp_path / "cache"), "--weights FILE"):
         assert part in line
     assert not (tmp_path / "out").exists()
+
+
+def test_pretrained_weights_from_the_cache(demo_output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published way to start, with a file of random weights where the hub's client keeps its downloads."""
+    import huggingface_hub.constants
+    import timm
+    from safetensors.torch import save_file
+
+    from common.weights import sha256_of
+
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    model = timm.create_model(name, pretrained=False)  # 1000 classes, as the real file has
+    cache = tmp_path / "hub" / f"models--timm--{name}"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    file = cache / "snapshots" / ("0" * 40) / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(model.state_dict(), file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    outcome = run_script(
+        "vit_food101.py", "--output", tmp_path / "out", "--data-root", demo_output / "demo-data", "--model", name,
+        "--limit", "2", "--batch-size", "2", "--lr", "1e-30", "--weight-decay", "0", "--epochs", "1", "--workers", "0",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["weights"] == {"source": f"timm/{name}", "sha256": sha256_of(file)}
+    trained = load_file(outcome.folder / "best.safetensors")
+    assert trained["head.weight"].shape == (10, 192)
+    for key, value in model.state_dict().items():  # the rate is too small to move them
+        if not key.startswith("head."):
+            torch.testing.assert_close(trained[key], value)
 
 
 def test_output_that_cannot_be_written(demo_output: Path, tmp_path: Path) -> None:
