@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.metrics import Predictions
 
 Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]  # (model, images, labels) -> mean loss, logits
-PATIENCE = 10  # updates skipped for a non-finite gradient before the run stops
+PATIENCE = 10  # updates in a row skipped for a non-finite gradient before the run stops
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,8 @@ class Trainer:
         self.wrapped = wrap(self.model, self.device)
         self.rate = float(self.optimizer.param_groups[0]["lr"])  # of the present update, first parameter group
         self.sums = torch.zeros(3, dtype=torch.float64, device=_double(self.device))
-        self.bad_updates = torch.zeros((), dtype=torch.long, device=self.device)
+        # Updates skipped since the last report, those skipped in a row up to now, and the longest such row.
+        self.bad = torch.zeros(3, dtype=torch.long, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later steps depend on. State a process has to itself (GFT's EMA) is kept for each rank."""
@@ -122,9 +123,7 @@ class Trainer:
         """Trains from the present step to the last; yields the number of updates done after each one."""
         cuda = self.device.type == "cuda"
         steps = range(self.step, self.steps)
-        batches = iter(
-            training_batches(self.images, self.plan, self.seed, steps, self.loading.workers, pin_memory=cuda)
-        )
+        batches = training_batches(self.images, self.plan, self.seed, steps, self.loading.workers, pin_memory=cuda)
         for step in steps:
             self.model.train()
             self.rate = float(self.optimizer.param_groups[0]["lr"])
@@ -136,15 +135,15 @@ class Trainer:
     def report(self) -> dict[str, float]:
         """Sum of losses, correct and counted samples over all processes since the last report.
 
-        UserError after PATIENCE skipped updates.
+        UserError after PATIENCE skipped updates in a row: now and then one is what fp16's loss scaling costs.
         """
         self._read()
         loss, correct, samples = (float(total) for total in np.sum(dist.gather(self.window), axis=0))
         self.window = [0.0, 0.0, 0.0]
-        if self.skipped >= PATIENCE:
+        if int(self.bad[2]) >= PATIENCE:
             raise UserError(
-                f"{self.skipped} updates were skipped because loss or gradients were not finite (step {self.step}): "
-                "lower --lr, or use --precision fp32"
+                f"{int(self.bad[2])} updates in a row were skipped because loss or gradients were not finite "
+                f"(step {self.step}): lower --lr, or use --precision fp32"
             )
         return {"loss": loss, "correct": correct, "samples": samples}
 
@@ -172,7 +171,10 @@ class Trainer:
             if weight > 0:
                 self._count(loss.detach(), logits.detach(), labels)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.bad_updates += self.precision.step(self.optimizer, parameters, self.clip_grad).to(self.device)
+        skipped = self.precision.step(self.optimizer, parameters, self.clip_grad).to(self.bad)
+        total, row, longest = self.bad.unbind()
+        row = (row + 1) * skipped
+        self.bad = torch.stack([total + skipped, row, torch.maximum(longest, row)])
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         correct = (logits.argmax(-1) == labels).sum()
@@ -183,8 +185,8 @@ class Trainer:
         """Brings the sums from the device; the only place of the training loop that waits for it."""
         self.window = [old + new for old, new in zip(self.window, self.sums.tolist(), strict=True)]
         self.sums.zero_()
-        self.skipped += int(self.bad_updates)
-        self.bad_updates.zero_()
+        self.skipped += int(self.bad[0])
+        self.bad[0] = 0
 
     def _advance_schedule(self) -> None:
         epoch_done = self.step % self.plan.steps_per_epoch == 0
@@ -229,8 +231,10 @@ def evaluate(
     )
     index: list[int] = []
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in progress(iter(batches)):
+    unreadable: set[int] = set()
+    for batch in progress(batches):
         loading.note(images.split, batch)
+        unreadable.update(number for number, _ in batch.unreadable)
         if batch.images is None or batch.labels is None:
             continue
         with precision.autocast():
@@ -241,19 +245,18 @@ def evaluate(
         columns.append((labels, logits.topk(min(5, logits.shape[1])).indices, loss))
         index.extend(batch.indices)
     model.train(training)
-    return _gathered(index, columns, images, loading)
+    return _gathered(index, columns, images, unreadable)
 
 
 def _gathered(
-    index: list[int], columns: list[tuple[Tensor, Tensor, Tensor]], images: Images, loading: Loading
+    index: list[int], columns: list[tuple[Tensor, Tensor, Tensor]], images: Images, unreadable: set[int]
 ) -> Predictions:
     width = min(5, len(images.classes))
     empty = (torch.empty(0, dtype=torch.long), torch.empty(0, width, dtype=torch.long), torch.empty(0))
     parts = [empty, *((labels.cpu(), ranked.cpu(), loss.cpu()) for labels, ranked, loss in columns)]
     label, ranked, loss = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     mine = Predictions(np.asarray(index, dtype=np.int64), label, ranked, loss.astype(np.float64))
-    unreadable: set[int] = set().union(*dist.gather(set(loading.unreadable.get(images.split, {}))))
-    return Predictions.merge(dist.gather(mine), len(images), unreadable)
+    return Predictions.merge(dist.gather(mine), len(images), set().union(*dist.gather(unreadable)))
 
 
 def _double(device: torch.device) -> torch.device:

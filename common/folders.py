@@ -42,7 +42,7 @@ def check_same_experiment(
     """A run may be resumed only as what it was: UserError that names the recipe fields which differ.
 
     `recipe` is what the script and the command line ask for now, `overrides` what was given on the command line. Fields
-    given when the run was started need not be given again.
+    given when the run was started need not be given again, and data may have moved.
     """
     if info["demo"] != demo:
         flag = "with" if info["demo"] else "without"
@@ -50,7 +50,8 @@ def check_same_experiment(
     wanted = recipe | {name: value for name, value in info["overrides"].items() if name not in overrides}
     wanted = json.loads(json.dumps(wanted))  # as `model.json` holds it: tuples are lists there
     stored = info["recipe"]
-    differing = [name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)]
+    names = (wanted.keys() | stored.keys()) - {"data_root"}
+    differing = [name for name in names if wanted.get(name) != stored.get(name)]
     if differing:
         changes = ", ".join(f"{name} {stored.get(name)} -> {wanted.get(name)}" for name in sorted(differing))
         raise UserError(

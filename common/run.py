@@ -9,9 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -20,10 +19,11 @@ from torch.optim import Optimizer
 
 from common import dist
 from common.amp import Precision
-from common.data import Data, Images, prepare, write_demo
+from common.data import Data
 from common.data.loader import seed_everything
 from common.engine import Objective, Trainer, cross_entropy
 from common.errors import UserError
+from common.experiment import NEWEST, Experiment, Options, checkpoint_gradients, make_model, read_data
 from common.files import write_text
 from common.folders import check_same_experiment, new_folder, newest, open_run
 from common.log import say
@@ -38,66 +38,12 @@ from common.predict import (
     write_predictions,
 )
 from common.provenance import device_name
-from common.recipe import OPTIONAL_VALUE, parse
+from common.recipe import parse
 from common.records import write_record
 from common.train import Session, Training, plan_batches, tell_results
-from common.weights import explain_offline, load_checkpoint, load_weights, pretrained_report, sha256_of
+from common.weights import load_checkpoint, sha256_of
 
-NEWEST = "the newest"  # what --resume means without a folder
-
-
-@dataclass
-class Options:
-    """What every script understands beside its recipe."""
-
-    output: str = "runs"  # a run's files go to OUTPUT/<script>/<time>-<id>/
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of forward and backward
-    amp_backend: Literal["native", "apex"] = "native"  # apex: where apex.amp is installed, for fp16
-    accumulate: int = 1  # micro-batches an optimizer step is made of; the batch size stays, the memory falls
-    grad_checkpointing: bool = (
-        False  # recompute activations in the backward pass: less memory, about 1.3 times the time
-    )
-    workers: int | None = None  # data-loading processes per training process; none: 4, or the cores if they are fewer
-    eval_batch_size: int | None = None  # images per process in evaluation; none: the training batch size
-    log_every: int = 50  # optimizer steps between two lines of log.jsonl
-    save_every: int | None = None  # optimizer steps between two saves of last.pt, beside one at each evaluation
-    resume: str | None = field(default=None, metadata={OPTIONAL_VALUE: NEWEST})  # go on with an interrupted run [DIR]
-    eval: str | None = None  # no training: evaluate a run's folder, our .safetensors or a released .pth
-    predict: list[str] | None = None  # no training: name what is on these images (files, folders)
-    checkpoint: str | None = None  # the model for --predict, as for --eval; none: the newest run's best
-    top: int = 5  # guesses an image for --predict
-    out: str | None = None  # also write the predictions to a .csv or .json file
-    download: bool = True  # fetch the data set where it is missing and its authors allow it
-    dist_timeout: float = 1800  # seconds that a process waits for the others (raise it where rank 0 downloads for long)
-    skip_bad_images: int = 0  # go on past up to N unreadable images; the record lists them
-    limit: int | None = None  # use only the first N images of each split: a trial that never counts as a result
-    wandb: bool = False  # log to Weights & Biases too (pip install wandb)
-    demo: bool = False  # a small model on handwritten digits in this data set's layout: no download, a minute on a CPU
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What a script decides; see `run`."""
-
-    recipe_class: type
-    data: Callable[[Any], Data]
-    build: Callable[[Any, int], nn.Module]
-    optimize: Callable[[Any, Iterable[nn.Parameter]], tuple[Optimizer, Any]]
-    dataset: str
-    demo: dict[str, Any]
-    schedule_per: str
-    objective: Objective
-    clip_grad: float | None
-
-    @property
-    def script(self) -> Path:
-        return Path(inspect.getfile(self.recipe_class))
-
-    @property
-    def row(self) -> str:
-        """Names the row of a paper's table: the script's own name."""
-        return self.script.stem
+KEPT = ("limit", "precision", "amp_backend", "accumulate")  # options that a resumed run keeps: they are in its figures
 
 
 def run(
@@ -160,9 +106,6 @@ def _dispatch(experiment: Experiment, recipe: Any, options: Options, overrides: 
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other")
     check_out(options.out)
-    for name in ("accumulate", "log_every", "save_every", "eval_batch_size", "limit", "top"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     launch = dist.detect()
     device = dist.choose_device(options.device, launch)
     dist.start(launch, device, options.dist_timeout)
@@ -170,6 +113,7 @@ def _dispatch(experiment: Experiment, recipe: Any, options: Options, overrides: 
         torch.set_num_threads(1)  # the demo's models are too small for more: threads would wait for each other
         changes: dict[str, Any] = {"weights": "none", "data_root": str(Path(options.output) / "demo-data")}
         recipe = dataclasses.replace(recipe, **(changes | experiment.demo | overrides))
+    _check_numbers(recipe, options)
     if options.predict:
         _predict(experiment, recipe, options, overrides, device)
     elif options.eval:
@@ -178,29 +122,38 @@ def _dispatch(experiment: Experiment, recipe: Any, options: Options, overrides: 
         _train(experiment, recipe, options, overrides, device)
 
 
+def _check_numbers(recipe: Any, options: Options) -> None:
+    """UserError for a number of recipe or options that nothing can be done with."""
+    may_be_zero = {"seed", "weight_decay", "workers", "skip_bad_images"}
+    for fields in (recipe, options):
+        for name, value in vars(fields).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not (value >= 0 if name in may_be_zero else value > 0):
+                least = "0 or more" if name in may_be_zero else "more than 0"
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected {least}")
+
+
 def _train(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
 ) -> None:
-    precision = Precision(options.precision, device, options.amp_backend)
     seed, folder = recipe.seed, None
     if options.resume:
         folder, info = _resumable(options, experiment.row)
         check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo)
-        recipe, overrides, seed = (
-            dataclasses.replace(recipe, **info["recipe"]),
-            info["overrides"],
-            info["seed"],
-        )
+        options = _kept(options, info, folder)
+        moved = {"data_root": recipe.data_root} if "data_root" in overrides else {}
+        recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
+        overrides, seed = info["overrides"] | moved, info["seed"]
+    precision = Precision(options.precision, device, options.amp_backend)
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
-    data = _data(experiment, recipe, options)
-    if recipe.epochs < 1:
-        raise UserError(f"--epochs {recipe.epochs}: at least one is needed")
+    data = read_data(experiment, recipe, options)
     plan = plan_batches(data.train, recipe.batch_size, options.accumulate, seed)
     seed_everything(seed)
-    model, weights = _model(experiment, recipe, len(data.classes), load=folder is None)
+    model, weights = make_model(experiment, recipe, len(data.classes), load=folder is None)
     if options.grad_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model)
     if dist.size() > 1 and device.type == "cuda":  # else every process would normalise by its own share of the batch
         model = convert_sync_batchnorm(model)
     model.to(device)
@@ -246,6 +199,16 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
     say(f"run folder: {session.folder}")
 
 
+def _kept(options: Options, info: dict[str, Any], folder: Path) -> Options:
+    """`options` with those that the run was started with; one that is now given otherwise is a UserError."""
+    for name in KEPT:
+        now, then = getattr(options, name), info["options"][name]
+        if now not in (then, getattr(Options(), name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{folder} was started with {flag} {then}: resume it without {flag} {now}")
+    return dataclasses.replace(options, **info["options"])
+
+
 def _resumable(options: Options, row: str) -> tuple[Path, dict[str, Any]]:
     if options.resume == NEWEST:
         path = str(newest(options.output, row, having="last.pt", lacking="record.json"))
@@ -257,53 +220,6 @@ def _resumable(options: Options, row: str) -> tuple[Path, dict[str, Any]]:
     return folder, info
 
 
-def _data(experiment: Experiment, recipe: Any, options: Options) -> Data:
-    with dist.main_first():
-        if options.demo:
-            write_demo(experiment.dataset, recipe.data_root)
-        else:
-            prepare(experiment.dataset, recipe.data_root, download=options.download)
-        data = experiment.data(recipe)
-    if options.limit is None:
-        return data
-
-    def cut(images: Images) -> Images:
-        return images.subset(range(min(options.limit or 0, len(images))))
-
-    return Data(cut(data.train), cut(data.val), cut(data.test))
-
-
-def _model(experiment: Experiment, recipe: Any, num_classes: int, load: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with its starting weights, or (`load` false) bare for a checkpoint to fill; and what was loaded."""
-    source = recipe.weights if load else "none"
-    if source not in ("pretrained", "none") and not Path(source).is_file():
-        raise UserError(
-            f"--weights {source}: expected pretrained, none, or an existing .npz, .safetensors or .pth file"
-        )
-    pretrained = source == "pretrained"
-    # Rank 0 downloads first, the others find the file in the cache.
-    with dist.main_first(), explain_offline(recipe.model, pretrained):
-        model = experiment.build(
-            dataclasses.replace(recipe, weights="pretrained" if pretrained else "none"), num_classes
-        )
-    if pretrained:
-        return model, pretrained_report(model)
-    if source == "none":
-        return model, {"source": "none", "sha256": None}
-    return model, load_weights(model, source)
-
-
-def _checkpoint_gradients(model: nn.Module) -> None:
-    if not hasattr(model, "set_grad_checkpointing"):
-        raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it; use --accumulate")
-    try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    except AssertionError as error:  # timm's way to say no
-        raise UserError(
-            f"--grad-checkpointing: {type(model).__name__} does not support it; use --accumulate"
-        ) from error
-
-
 def _model_info(session: Session, model: nn.Module) -> dict[str, Any]:
     """What `model.json` says: enough to resume, to evaluate, and to predict without the script."""
     recipe, data = session.recipe, session.data
@@ -313,6 +229,7 @@ def _model_info(session: Session, model: nn.Module) -> dict[str, Any]:
         "demo": session.options.demo,
         "seed": session.seed,
         "overrides": session.overrides,
+        "options": {name: getattr(session.options, name) for name in KEPT},
         "recipe": dataclasses.asdict(recipe),
         "weights": session.weights,
         "architecture": describe_model(model, len(data.classes), recipe.model_kwargs),
@@ -335,6 +252,9 @@ def _checkpoint(
             raise UserError(f"{path} is not the folder of a run: it has no model.json")
         return path, recipe, None
     _, info = open_run(str(folder), experiment.row)
+    unknown = info["recipe"].keys() - {field.name for field in dataclasses.fields(recipe)}
+    if unknown:
+        raise UserError(f"{folder / 'model.json'} has the recipe field {min(unknown)}, which this script does not know")
     return path, dataclasses.replace(recipe, **(info["recipe"] | overrides)), info
 
 
@@ -349,8 +269,8 @@ def _evaluate(
 ) -> None:
     precision = Precision(options.precision, device, options.amp_backend)
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
-    data = _data(experiment, recipe, options)
-    model, _ = _model(experiment, recipe, len(data.classes), load=False)
+    data = read_data(experiment, recipe, options)
+    model, _ = make_model(experiment, recipe, len(data.classes), load=False)
     _load(model, path, recipe)
     model.to(device)
     folder = Path(dist.broadcast(str(new_folder(options.output, experiment.row)) if dist.is_main() else ""))
@@ -373,11 +293,11 @@ def _predict(
     paths = find_images(options.predict or [])
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
     if info is None:  # a bare file says neither class names nor preprocessing: the data set and the script do
-        data = _data(experiment, recipe, options)
+        data = read_data(experiment, recipe, options)
         classes, transform = data.classes, data.test.transform
     else:
         classes, transform = info["classes"], restore_transform(info["preprocessing"])
-    model, _ = _model(experiment, recipe, len(classes), load=False)
+    model, _ = make_model(experiment, recipe, len(classes), load=False)
     _load(model, path, recipe)
     say(f"model: {path}")
     predictor = Predictor(model.to(device), transform, classes, device)

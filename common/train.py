@@ -182,16 +182,16 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the record; SystemExit, with everything saved, when asked to stop before."""
-        if self.trainer.step == 0:
-            self._save()  # a run that dies in its first epoch can be resumed too, and a full disk shows at once
-        with StopRequest() as stop:
-            if self._evaluation_due:  # the run was stopped between an epoch and its evaluation
-                self._evaluate()
-                self._save()
-            self._loop(stop)
-        record = self._test()
-        self.log.close()
-        return record
+        try:
+            if self.trainer.step == 0:
+                self._save()  # a run that dies in its first epoch can be resumed too, and a full disk shows at once
+            with StopRequest() as stop:
+                if self._evaluation_due:  # the run was stopped between an epoch and its evaluation
+                    self._evaluate()
+                self._loop(stop)
+            return self._test()
+        finally:
+            self.log.close()
 
     def _loop(self, stop: StopRequest) -> None:
         trainer, options = self.trainer, self.session.options
@@ -216,7 +216,6 @@ class Training:
                 self._say_goodbye(number)
             if self._evaluation_due:
                 self._evaluate()
-                self._save()
             elif options.save_every and step % options.save_every == 0:
                 self._save()
             self.watch.restart()
@@ -232,7 +231,7 @@ class Training:
         return f"loss {figures['loss']:.3f}, acc {figures['accuracy']:.1%}, {speed:.0f} images/s"
 
     def _evaluate(self) -> None:
-        """Evaluates on the selection split, and keeps the weights if they are the best so far."""
+        """Evaluates on the selection split and saves; the weights too, if they are the best so far."""
         metrics, predictions = self.session.measure(self.model, self.session.data.val)
         self.latest = metrics, predictions
         step = self.trainer.step
@@ -243,10 +242,10 @@ class Training:
         better = self.best is None or metrics["correct"] > self.best["val"]["correct"]
         if better:
             self.best = entry
-            if dist.is_main():
-                note = {"script": self.session.row, "step": str(step), "val_top1": f"{metrics['top1']:.6f}"}
-                save_weights(self.session.folder / "best.safetensors", self.model.state_dict(), note)
         self._tell(metrics, better)
+        self._save()
+        if better:
+            self._save_best()
 
     def _tell(self, metrics: dict[str, Any], better: bool) -> None:
         """One line an evaluation: training since the last one, the selection split, speed, `*` where it is the best."""
@@ -271,21 +270,33 @@ class Training:
         if dist.is_main():
             save_state(self.session.folder / "last.pt", state)
 
+    def _save_best(self) -> None:
+        if dist.is_main() and self.best is not None:
+            val = self.best["val"]
+            note = {"script": self.session.row, "step": str(self.best["step"]), "val_top1": f"{val['top1']:.6f}"}
+            save_weights(self.session.folder / "best.safetensors", self.model.state_dict(), note)
+
     def _restore(self) -> None:
-        path = self.session.folder / "last.pt"
+        folder = self.session.folder
+        path = folder / "last.pt"
         state = load_state(path)
-        if state["processes"] != dist.size() and any(state["transient"]):
-            raise UserError(
-                f"{path} was saved by {state['processes']} processes, each with a moving average of its own: "
-                f"resume with as many, not with {dist.size()}"
-            )
         try:
+            if state["processes"] != dist.size() and any(state["transient"]):
+                raise UserError(
+                    f"{path} was saved by {state['processes']} processes, each with a moving average of its own: "
+                    f"resume with as many, not with {dist.size()}"
+                )
             self.trainer.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.history, self.best, self.wall_seconds = state["history"], state["best"], state["wall_seconds"]
+            self.epoch_sums = state["epoch_sums"]
+            self.watch = Stopwatch(state["trained_images"], state["trained_seconds"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} does not fit the model of this recipe ({str(error).splitlines()[0]})") from error
-        self.history, self.best, self.wall_seconds = state["history"], state["best"], state["wall_seconds"]
-        self.epoch_sums = state["epoch_sums"]
-        self.watch = Stopwatch(state["trained_images"], state["trained_seconds"])
+        if self.best is not None and self.best["step"] == self.trainer.step:
+            self._save_best()  # the run may have been killed after last.pt and before the best weights were written
+        if dist.is_main():
+            for leftover in folder.glob(".*.tmp"):  # of a save that was killed
+                leftover.unlink()
         say(f"resumed at step {self.trainer.step} (epoch {self.epoch:g}) from {path}")
 
     def _say_goodbye(self, number: int) -> None:
@@ -320,8 +331,8 @@ class Training:
             skipped_updates=self.trainer.skipped,
         )
         if dist.is_main():
-            write_tables(session.folder, "best", predictions, data.classes)
             write_record(session.folder / "record.json", record)
+            write_tables(session.folder, "best", predictions, data.classes)
             tell_results(session, record)
         return record
 

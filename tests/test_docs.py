@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from scripts import ROOT, run_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIDELITY = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")

@@ -1,6 +1,8 @@
 """The engine against plain PyTorch loops written here, and against itself cut into shares of processes."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import timm.scheduler
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scripts import ROOT
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
@@ -262,10 +265,25 @@ def test_non_finite_updates_are_skipped_and_then_stop_the_run(pictures: Images, 
                 kept.extend(parameters(model))
             trainer.report()
 
-    with pytest.raises(UserError, match=r"10 updates were skipped .* --lr"):
+    with pytest.raises(UserError, match=r"10 updates in a row were skipped .* --lr"):
         train()
     assert trainer.step == 2 + PATIENCE
     assert_same(parameters(model), kept)
+
+
+def test_single_skipped_updates_do_not_stop_the_run(pictures: Images) -> None:
+    """fp16's loss scaling overflows now and then in the healthiest run."""
+
+    class Hiccup(Poisoned):
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(images) * (float("nan") if self.training and self.calls % 3 == 0 else 1.0)
+
+    model = Hiccup(healthy=0)
+    trainer = make_trainer(pictures, 60, model=model, optimizer=SGD(model.parameters(), lr=0.1))
+    for _ in trainer.run():
+        trainer.report()
+    assert trainer.skipped == 20
 
 
 def slow_evaluation(model: nn.Module, images: Images) -> tuple[list[int], list[float]]:
@@ -336,6 +354,36 @@ def test_unreadable_images_can_be_tolerated_up_to_a_number(pictures: Images) -> 
     assert set(loading.unreadable["train"]) == {4, 5}
     with pytest.raises(UserError, match="--skip-bad-images"):
         evaluate(small_model(), broken(pictures, 3), CPU, Precision("fp32", CPU), Loading(skip_bad_images=2))
+
+
+def test_an_image_that_is_readable_again_is_counted_again(pictures: Images) -> None:
+    images, loading = broken(pictures, 1), Loading(skip_bad_images=1)
+    found = evaluate(small_model(), images, CPU, Precision("fp32", CPU), loading)
+    assert len(found.index) == 21
+    Image.new("RGB", (6, 6)).save(images.path(4))
+    assert len(evaluate(small_model(), images, CPU, Precision("fp32", CPU), loading).index) == 22
+
+
+def test_workers_end_with_the_program(pictures: Images, tmp_path: Path) -> None:
+    """A program that an error ends in the middle of an epoch does not wait for its data workers for ever."""
+    folder = pictures.path(0).parent
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+from pathlib import Path
+import test_engine
+from common.data.images import Images
+from common.engine import Loading
+from torchvision.transforms import functional as TF
+names = [f"{{number:02d}}" for number in range(22)]
+paths = [Path({str(folder)!r}) / f"{{name}}.png" for name in names]
+images = Images("toy", "train", names, paths, [n % 3 for n in range(22)], ["a", "b", "c"], TF.to_tensor)
+for step in test_engine.make_trainer(images, 9, loading=Loading(workers=2)).run():
+    raise RuntimeError("a fault")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "a fault" in done.stderr
 
 
 def test_seeding_reaches_every_generator() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Outcome, run_script
 from safetensors.torch import load_file
+from scripts import ROOT, Outcome, run_script
 
 SMALL = ("--demo", "--limit", "72", "--epochs", "2", "--batch-size", "16", "--workers", "0", "--log-every", "1")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -125,7 +125,7 @@ def test_asked_to_stop(name: str, status: int, demo_output: Path, tmp_path: Path
     assert name in sentence
     command = shlex.split(sentence.partition("continue with: ")[2])
     assert command[:2] == ["python", "gft_food101.py"]
-    resumed = finish(start(*command[1:], *[word for word in SMALL if word != "--demo"], "--output", output))
+    resumed = finish(start(*command[1:], "--log-every", 1))
     assert resumed.status == 0, resumed.err
     assert_same_run(folder, whole.folder)
 
@@ -144,9 +144,9 @@ def test_resume_takes_over_what_was_given_at_the_start(whole: Outcome, demo_outp
     assert "gft_food101" in one_line(other.err)
     finished = run_script("gft_food101.py", "--demo", "--output", demo_output, "--resume", whole.folder)
     assert "finished" in one_line(finished.err)
-    resumed = run_script(
-        "gft_food101.py", "--demo", "--limit", "72", "--workers", "0", "--output", demo_output, "--resume", folder
-    )
+    precise = run_script("gft_food101.py", "--demo", "--output", demo_output, "--resume", folder, "--precision", "bf16")
+    assert "--precision fp32" in one_line(precise.err)
+    resumed = run_script("gft_food101.py", "--demo", "--workers", "0", "--resume", folder)  # --limit is kept too
     assert resumed.status == 0, resumed.err
     assert json.loads((folder / "record.json").read_text())["results"] == whole.record["results"]
     shutil.rmtree(folder)
@@ -347,6 +347,11 @@ def test_batch_that_the_processes_cannot_divide(demo_output: Path) -> None:
         (("--img-size", "17"), 1, "17"),
         (("--batch-size", "0"), 1, "--batch-size"),
         (("--epochs", "0"), 1, "--epochs"),
+        (("--lr", "-1"), 1, "--lr"),
+        (("--workers", "-1"), 1, "--workers"),
+        (("--t-max", "0"), 1, "--t-max"),
+        (("--img-size", "0"), 1, "--img-size"),
+        (("--model-kwargs", "odd=3"), 1, "odd"),
     ],
 )
 def test_bad_input_gives_one_sentence(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
 from PIL import Image
+from scripts import ROOT, run_script
 from torchvision import transforms as T
 
 from common.predict import read_model_info, rebuild

@@ -173,43 +173,42 @@ def _start_worker(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _loader(dataset: Dataset[Any], batches: Any, workers: int, pin_memory: bool) -> "DataLoader[Any]":
-    loader = DataLoader(
+def _batches(dataset: Dataset[Any], batches: Any, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        persistent_workers=workers > 0,
     )
-    _open.add(loader)
-    return loader
+    iterator = iter(loader)
+    if workers:
+        _working.add(iterator)
+    return iterator
 
 
-_open: "WeakSet[DataLoader[Any]]" = WeakSet()
+_working: "WeakSet[Any]" = WeakSet()
 
 
 @atexit.register
-def _close_workers() -> None:
+def _end_workers() -> None:
     """Ends workers that an error left behind: multiprocessing would send SIGTERM, which they ignore, and wait."""
-    for loader in _open:
-        iterator = getattr(loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
+    for iterator in list(_working):
+        iterator._shutdown_workers()
 
 
 def training_batches(
     images: Images, plan: Plan, seed: int, steps: range, workers: int, pin_memory: bool
-) -> "DataLoader[Any]":
-    """One DataLoader over the micro-batches of all of `steps`; yields Batch."""
-    return _loader(_Seeded(images, seed), _Steps(plan, steps.start, steps.stop), workers, pin_memory)
+) -> Iterator[Batch]:
+    """The micro-batches of all of `steps`, from one DataLoader."""
+    return _batches(_Seeded(images, seed), _Steps(plan, steps.start, steps.stop), workers, pin_memory)
 
 
 def evaluation_batches(
     images: Images, batch_size: int, rank: int, size: int, workers: int, pin_memory: bool
-) -> "DataLoader[Any]":
+) -> Iterator[Batch]:
     """Every `size`-th sample from `rank` on, in order: nothing is padded, each sample belongs to one process."""
     mine = range(rank, len(images), size)
     batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
-    return _loader(_Plain(images), batches, workers, pin_memory)
+    return _batches(_Plain(images), batches, workers, pin_memory)
