@@ -6,7 +6,6 @@
 
 The best epoch is chosen on the fifth of `train` that seed 42 holds out; `test` (25,250 images) is reported.
 --released: no augmentation (docs/fidelity.md DATA-1).
-Compare: python -m common.results --row deit_food101
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +13,7 @@ from typing import Any
 
 import timm
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, food101, random_split
@@ -41,8 +39,8 @@ class Recipe:
 def data(recipe: Recipe) -> Data:
     resize = T.Resize((recipe.img_size, recipe.img_size), T.InterpolationMode.BICUBIC)
     tensor = [T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
-    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
     plain = T.Compose([resize, *tensor])
+    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
     train, val = random_split(food101(recipe.data_root, "train"), fraction=0.8, seed=42)
     train = train.with_transform(plain if recipe.released else augmented)
     return Data(train, val.with_transform(plain), food101(recipe.data_root, "test").with_transform(plain))
@@ -54,9 +52,9 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     return timm.create_model(recipe.model, pretrained, **kwargs)
 
 
-def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]:
+def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
     optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
+    return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 
 if __name__ == "__main__":

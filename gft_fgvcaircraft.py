@@ -6,14 +6,12 @@
 
 100 variants. Trains on `train` alone (3,334 images); `val` chooses the best epoch, `test` (3,333) is reported.
 --released: GFT as the released class computes it (docs/fidelity.md GFT-1).
-Compare: python -m common.results --row gft_fgvcaircraft
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, aircraft
@@ -40,10 +38,8 @@ class Recipe:
 def data(recipe: Recipe) -> Data:
     resize = T.Resize((recipe.img_size, recipe.img_size), T.InterpolationMode.BICUBIC)
     tensor = [T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
-    augmented = T.Compose(
-        [resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), T.RandAugment(num_ops=2, magnitude=9), *tensor]
-    )
     plain = T.Compose([resize, *tensor])
+    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), T.RandAugment(2, 9), *tensor])
     train, val, test = (aircraft(recipe.data_root, split) for split in ("train", "val", "test"))
     return Data(train.with_transform(augmented), val.with_transform(plain), test.with_transform(plain))
 
@@ -53,9 +49,9 @@ def build(recipe: Recipe, num_classes: int) -> GFT:
     return GFT(recipe.model, num_classes, recipe.img_size, recipe.released, pretrained, **recipe.model_kwargs)
 
 
-def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]:
+def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
     optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
+    return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 One label an image: the category of its first annotation (docs/fidelity.md DATA-2). As published, val2017 (4,952
 images) both chooses the best epoch and is reported: the record says test-selected.
---released changes nothing here. Compare: python -m common.results --row resnet18_COCO
+--released changes nothing here.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +14,7 @@ from typing import Any
 
 import timm
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, coco
@@ -41,8 +40,8 @@ class Recipe:
 def data(recipe: Recipe) -> Data:
     resize = T.Resize((recipe.img_size, recipe.img_size), T.InterpolationMode.BICUBIC)
     tensor = [T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
-    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
     plain = T.Compose([resize, *tensor])
+    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
     train = coco(recipe.data_root, "train2017").with_transform(augmented)
     test = coco(recipe.data_root, "val2017").with_transform(plain)
     return Data(train, val=test, test=test)
@@ -53,9 +52,9 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     return timm.create_model(recipe.model, pretrained, num_classes=num_classes, **recipe.model_kwargs)
 
 
-def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]:
+def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
     optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
+    return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 
 if __name__ == "__main__":

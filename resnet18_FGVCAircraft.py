@@ -5,7 +5,7 @@
     python resnet18_FGVCAircraft.py --demo                  a small model on digits, a minute on a CPU
 
 100 variants. Trains on `train` alone (3,334 images); `val` chooses the best epoch, `test` (3,333) is reported.
---released changes nothing here. Compare: python -m common.results --row resnet18_FGVCAircraft
+--released changes nothing here.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +13,7 @@ from typing import Any
 
 import timm
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, aircraft
@@ -40,8 +39,8 @@ class Recipe:
 def data(recipe: Recipe) -> Data:
     resize = T.Resize((recipe.img_size, recipe.img_size), T.InterpolationMode.BICUBIC)
     tensor = [T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
-    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
     plain = T.Compose([resize, *tensor])
+    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), *tensor])
     train, val, test = (aircraft(recipe.data_root, split) for split in ("train", "val", "test"))
     return Data(train.with_transform(augmented), val.with_transform(plain), test.with_transform(plain))
 
@@ -51,9 +50,9 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     return timm.create_model(recipe.model, pretrained, num_classes=num_classes, **recipe.model_kwargs)
 
 
-def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]:
+def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
     optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
+    return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""The GFT repository's TransFG on FGVC-Aircraft (arXiv 2504.09852).
+"""TransFG of the GFT repository on FGVC-Aircraft (arXiv 2504.09852).
 
     python transfg_fgvcaircraft.py                         the published protocol, fp32, one process
     torchrun --nproc_per_node 4 transfg_fgvcaircraft.py    the same batch of 16, divided among 4 GPUs
     python transfg_fgvcaircraft.py --demo                  a small model on digits, a minute on a CPU
 
 100 variants. Trains on `train` alone (3,334 images); `val` chooses the best epoch, `test` (3,333) is reported.
-Not the TransFG of AAAI 2022: see common/models/transfg.py.
---released changes nothing here. Compare: python -m common.results --row transfg_fgvcaircraft
+Not the TransFG of AAAI 2022: see common/models/transfg.py. --released changes nothing here.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, aircraft
@@ -41,10 +39,8 @@ class Recipe:
 def data(recipe: Recipe) -> Data:
     resize = T.Resize((recipe.img_size, recipe.img_size), T.InterpolationMode.BICUBIC)
     tensor = [T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
-    augmented = T.Compose(
-        [resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), T.RandAugment(num_ops=2, magnitude=9), *tensor]
-    )
     plain = T.Compose([resize, *tensor])
+    augmented = T.Compose([resize, T.RandomHorizontalFlip(), T.RandomAutocontrast(), T.RandAugment(2, 9), *tensor])
     train, val, test = (aircraft(recipe.data_root, split) for split in ("train", "val", "test"))
     return Data(train.with_transform(augmented), val.with_transform(plain), test.with_transform(plain))
 
@@ -54,9 +50,9 @@ def build(recipe: Recipe, num_classes: int) -> TransFG:
     return TransFG(recipe.model, num_classes, recipe.img_size, pretrained, recipe.num_parts, **recipe.model_kwargs)
 
 
-def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, CosineAnnealingLR]:
+def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
     optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
+    return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 
 if __name__ == "__main__":

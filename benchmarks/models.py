@@ -68,17 +68,12 @@ class Contender:
         self.labels = torch.randint(recipe.num_classes, (recipe.batch_size,), device=device)
         self.train_seconds: list[float] = []
         self.eval_seconds: list[float] = []
-        self.peak = 0
 
     def turn(self, timed: bool) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         train, evaluation = self._timed(self._train), self._timed(self._evaluate)
         if timed:
             self.train_seconds.append(train)
             self.eval_seconds.append(evaluation)
-            if self.device.type == "cuda":
-                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
     def _timed(self, work: Callable[[], None]) -> float:
         self._wait()
@@ -97,8 +92,7 @@ class Contender:
         with self.precision.autocast():
             loss = F.cross_entropy(self.model(self.images), self.labels)
         self.precision.backward(loss, self.optimizer)
-        self.precision.scaler.step(self.optimizer)
-        self.precision.scaler.update()
+        self.precision.step(self.optimizer, self.model.parameters(), clip_grad=None)
 
     @torch.inference_mode()
     def _evaluate(self) -> None:
@@ -121,7 +115,6 @@ def main() -> None:
         name: {
             "train_seconds": statistics.median(rival.train_seconds),
             "eval_seconds": statistics.median(rival.eval_seconds),
-            "peak_bytes": rival.peak or None,
         }
         for name, rival in rivals.items()
     }
@@ -131,7 +124,7 @@ def main() -> None:
     for name, row in figures.items():
         cells = ""
         for kind in ("train_seconds", "eval_seconds"):
-            seconds, base = row[kind] or 0.0, floor[kind] or 1.0
+            seconds, base = row[kind], floor[kind]
             cells += f"{seconds:9.3f}{seconds / base:7.2f}{recipe.batch_size / seconds:8.1f}"
         print(f"{name:26}{cells}")
     if options.json:

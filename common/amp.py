@@ -69,7 +69,7 @@ class Precision:
             parameters = list(self.apex.master_params(optimizer))
         self.scaler.unscale_(optimizer)
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
         if clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
         skipped = ~torch.isfinite(norm)

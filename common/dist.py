@@ -95,7 +95,13 @@ def choose_device(name: str, launch: Launch) -> torch.device:
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = launch.local_rank if device.index is None else device.index
+        if device.index is not None and launch.size > 1:
+            raise UserError(
+                f"--device {name}: with {launch.size} processes each takes a GPU of its own; say --device cuda"
+            )
+        # SLURM may show each process one GPU alone (--gpus-per-task), which is number 0 to all of them.
+        own = 0 if launch.launcher == "slurm" and count == 1 else launch.local_rank
+        index = own if device.index is None else device.index
         if index >= count:
             raise UserError(
                 f"--device {name}: process {launch.rank} needs CUDA device {index}, this machine offers {count}"
@@ -185,7 +191,10 @@ def main_first() -> Iterator[None]:
     # A group of its own, for its time-out: a download takes longer than any collective should.
     group: Any = distributed.new_group(backend="gloo", timeout=DOWNLOAD_TIME)
     if not is_main():
-        distributed.barrier(group)
+        try:
+            distributed.barrier(group)
+        except RuntimeError:  # rank 0 has left, and has said why
+            os._exit(1)
     yield
     if is_main():
         distributed.barrier(group)

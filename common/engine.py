@@ -52,9 +52,16 @@ class Loading:
         for index, why in batch.unreadable:
             self.unreadable.setdefault(split, {})[index] = why
             if sum(map(len, self.unreadable.values())) > self.skip_bad_images:
-                raise UserError(
-                    f"{why}; mend or remove the file, or allow a number of such images with --skip-bad-images"
-                )
+                raise UserError(why)
+
+    def check_together(self) -> None:
+        """`note`'s limit over all processes; each has seen its own share alone."""
+        seen = {(split, index): why for split, part in self.unreadable.items() for index, why in part.items()}
+        together: dict[tuple[str, int], str] = {}
+        for part in dist.gather(seen):
+            together |= part
+        if len(together) > self.skip_bad_images:
+            raise UserError(next(iter(together.values())))
 
 
 @dataclass
@@ -87,6 +94,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)
         self.wrapped = wrap(self.model, self.device)
+        self.spare: Batch | None = None  # the last batch with an image in it
         self.rate = float(self.optimizer.param_groups[0]["lr"])  # of the present update, first parameter group
         self.sums = torch.zeros(3, dtype=torch.float64, device=_double(self.device))
         # Updates skipped since the last report, those skipped in a row up to now, and the longest such row.
@@ -103,6 +111,7 @@ class Trainer:
             "precision": self.precision.state_dict(),
             "step": self.step,
             "skipped": self.skipped,
+            "unreadable": dist.gather(self.loading.unreadable),
             "window": self.window,
             "transient": dist.gather({name: value.cpu() for name, value in transient.items()}),
         }
@@ -113,6 +122,9 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.precision.load_state_dict(state["precision"])
+        for part in state["unreadable"]:
+            for split, found in part.items():
+                self.loading.unreadable.setdefault(split, {}).update(found)
         self.step, self.skipped, self.window = state["step"], state["skipped"], list(state["window"])
         transient = state["transient"][dist.rank()] if dist.rank() < len(state["transient"]) else {}
         if transient:
@@ -138,6 +150,7 @@ class Trainer:
         UserError after PATIENCE skipped updates in a row: now and then one is what fp16's loss scaling costs.
         """
         self._read()
+        self.loading.check_together()
         loss, correct, samples = (float(total) for total in np.sum(dist.gather(self.window), axis=0))
         self.window = [0.0, 0.0, 0.0]
         if int(self.bad[2]) >= PATIENCE:
@@ -152,12 +165,18 @@ class Trainer:
         for micro in range(self.plan.accumulate):
             batch = next(batches)
             self.loading.note(self.images.split, batch)
-            if batch.images is None or batch.labels is None:
-                raise UserError(f"no image of the batch at step {step} could be read: {batch.unreadable[0][1]}")
+            weight = self.plan.weight(step, micro) * batch.readable
+            if batch.images is None:
+                # Every process has to take part in every step: with the batch before, which then counts nothing.
+                if self.spare is None:
+                    raise UserError(f"no image of the first batch could be read: {batch.unreadable[0][1]}")
+                batch = self.spare
+            self.spare = batch
             seed_everything(self.seed, step, micro, self.plan.rank)
+            assert batch.images is not None
+            assert batch.labels is not None
             images = batch.images.to(self.device, non_blocking=True)
             labels = batch.labels.to(self.device, non_blocking=True)
-            weight = self.plan.weight(step, micro)
             last = micro == self.plan.accumulate - 1
             quiet = (
                 self.wrapped.no_sync()
@@ -182,7 +201,7 @@ class Trainer:
         self.sums += torch.stack([value.to(self.sums) for value in values])
 
     def _read(self) -> None:
-        """Brings the sums from the device; the only place of the training loop that waits for it."""
+        """Brings the sums from the device, which it waits for (so does an optimizer that is not fused, to skip)."""
         self.window = [old + new for old, new in zip(self.window, self.sums.tolist(), strict=True)]
         self.sums.zero_()
         self.skipped += int(self.bad[0])

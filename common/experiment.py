@@ -15,6 +15,7 @@ from common import dist
 from common.data import Data, Images, prepare, write_demo
 from common.engine import Objective
 from common.errors import UserError
+from common.provenance import has_batch_norm
 from common.recipe import OPTIONAL_VALUE
 from common.weights import explain_offline, load_weights, pretrained_report
 
@@ -124,7 +125,11 @@ def _explain_kwargs(recipe: Any) -> Iterator[None]:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Turns --grad-checkpointing on; UserError where the model has no such thing."""
+    """Turns --grad-checkpointing on; UserError where the model has no such thing, or where it would change it."""
+    if has_batch_norm(model):  # recomputation would update its statistics twice
+        raise UserError(
+            f"--grad-checkpointing: {type(model).__name__} has BatchNorm, which it would change; use --accumulate"
+        )
     if not hasattr(model, "set_grad_checkpointing"):
         raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it; use --accumulate")
     try:

@@ -80,6 +80,15 @@ def alterations(recipe: Any) -> list[str]:
     ]
 
 
+def depends_on_micro_batches(model: nn.Module) -> bool:
+    """Whether it matters how a batch is cut: BatchNorm, or a moving average over batch positions (GFT)."""
+    return has_batch_norm(model) or hasattr(model, "training_state")
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def data_differences(data: Data) -> list[str]:
     """Splits whose size is not the published one. Parts of a split are measured against the whole of it together."""
     expected = published(data.test.name)

@@ -42,7 +42,7 @@ def parse(
         allow_abbrev=False,
     )
     _add_fields(parser.add_argument_group("recipe (the published values are the defaults)"), recipe_class)
-    _add_fields(parser.add_argument_group("running it (nothing here changes the experiment)"), options_class)
+    _add_fields(parser.add_argument_group("running it"), options_class)
     # torch.distributed.launch passes it; the launcher's environment variables say the same and more.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     words = sys.argv[1:] if argv is None else argv

@@ -291,7 +291,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.readme:
         current = update_readme(arguments.readme, runs_dir, arguments.check)
         if arguments.check and not current:
-            command = f"python -m common.results --readme {arguments.readme}"
+            command = f"python -m common.results --runs {arguments.runs} --readme {arguments.readme}"
             print(f"{arguments.readme} does not show the current results: run {command}", file=sys.stderr)
         return int(arguments.check and not current)
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,11 @@ def run(
 ) -> None:
     """Runs the experiment that a script describes, as the command line asks; ends in a record or in one sentence.
 
-    `recipe_class` is a dataclass with at least epochs, batch_size (global: processes divide it), seed, weights,
-    data_root and released. `data(recipe)` gives the splits with their transforms, `build(recipe, num_classes)` the
-    model, `optimize(recipe, parameters)` a torch optimizer and scheduler (stepped once an "epoch" or a "step").
-    `dataset` is the name that common.data knows, `demo` the recipe fields that `--demo` changes.
+    `recipe_class` is a dataclass with at least epochs (or steps, and evaluate_every in steps), batch_size (global:
+    processes divide it), seed, weights, data_root, model, model_kwargs and released. `data(recipe)` gives the splits
+    with their transforms, `build(recipe, num_classes)` the model, `optimize(recipe, parameters)` a torch optimizer and
+    scheduler (stepped once an "epoch" or a "step"). `dataset` is the name that common.data knows, `demo` the recipe
+    fields that `--demo` changes.
     """
     script = Path(inspect.getfile(recipe_class))
     experiment = Experiment(recipe_class, data, build, optimize, dataset, demo, schedule_per, objective, clip_grad)
@@ -77,19 +79,25 @@ def run(
         print(f"{script.name}: error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except torch.OutOfMemoryError:
-        per_process = recipe.batch_size // (dist.size() * options.accumulate)
+        share = recipe.batch_size // dist.size()
+        more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
         print(
-            f"{script.name}: error: out of GPU memory with {per_process} images at a time in {options.precision}: "
-            f"halve them with --accumulate {2 * options.accumulate} (the batch of {recipe.batch_size} stays), "
-            "use --precision bf16, or --grad-checkpointing; --batch-size changes the experiment",
+            f"{script.name}: error: out of GPU memory with {share // options.accumulate} images at a time in "
+            f"{options.precision}: take fewer with --accumulate {more} (the batch of {recipe.batch_size} stays; in "
+            "evaluation --eval-batch-size), use --precision bf16, or --grad-checkpointing; --batch-size changes the "
+            "experiment",
             file=sys.stderr,
         )
         _leave(1)
     except KeyboardInterrupt:
         print(f"{script.name}: interrupted; a training run goes on from its last save with --resume", file=sys.stderr)
         _leave(130)
-    finally:
-        dist.stop()
+    except Exception:
+        if not dist.active():
+            raise
+        traceback.print_exc()  # and away: taking leave of the group would wait for the others, and they for this one
+        _leave(1)
+    dist.stop()
 
 
 def _leave(status: int) -> None:
@@ -149,6 +157,11 @@ def _train(
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
     data = read_data(experiment, recipe, options)
+    fingerprints = {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")}
+    if folder is not None and info["data"] != fingerprints:
+        raise UserError(
+            f"{folder} was started on other images or labels than {recipe.data_root} holds now: start a new run"
+        )
     plan = plan_batches(data.train, recipe.batch_size, options.accumulate, seed)
     seed_everything(seed)
     model, weights = make_model(experiment, recipe, len(data.classes), load=folder is None)
@@ -173,7 +186,7 @@ def _train(
         precision=session.precision,
         images=data.train,
         plan=plan,
-        steps=recipe.epochs * plan.steps_per_epoch,
+        steps=getattr(recipe, "steps", None) or recipe.epochs * plan.steps_per_epoch,
         device=device,
         loading=session.loading,
         seed=seed,
@@ -182,7 +195,7 @@ def _train(
         schedule_per=experiment.schedule_per,
     )
     _say_plan(session, trainer)
-    Training(session, trainer, resume).run()
+    Training(session, trainer, resume, getattr(recipe, "evaluate_every", None)).run()
 
 
 def _say_plan(session: Session, trainer: Trainer) -> None:
@@ -232,6 +245,7 @@ def _model_info(session: Session, model: nn.Module) -> dict[str, Any]:
         "options": {name: getattr(session.options, name) for name in KEPT},
         "recipe": dataclasses.asdict(recipe),
         "weights": session.weights,
+        "data": {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")},
         "architecture": describe_model(model, len(data.classes), recipe.model_kwargs),
         "classes": data.classes,
         "preprocessing": describe_transform(data.test.transform),

@@ -28,6 +28,7 @@ from common.metrics import Predictions, summarize, write_tables
 from common.provenance import (
     alterations,
     data_differences,
+    depends_on_micro_batches,
     device_name,
     parameter_counts,
     peak_memory,
@@ -93,6 +94,8 @@ class Session:
             reasons.append("demo")
         else:
             reasons += [f"altered: {change}" for change in alterations(self.recipe)]
+            if options.accumulate > 1 and depends_on_micro_batches(model):
+                reasons.append(f"altered: accumulate 1 -> {options.accumulate}")
             reasons += ["limited data"] if options.limit is not None else data_differences(self.data)
         unreadable = dist.gather(self.loading.unreadable)
         skipped = sorted({why for part in unreadable for split in part.values() for why in split.values()})

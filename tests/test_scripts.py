@@ -164,7 +164,8 @@ def test_splits(script: str, demo_output: Path) -> None:
 def test_models(script: str, released: bool, architecture: str, parameters: int | None) -> None:
     module = load(script)
     classes = {"food101": 101, "fgvcaircraft": 100, "coco": 80}[script.lower().rpartition("_")[2]]
-    with torch.device("meta"):  # shapes without memory: the largest has 388 million parameters
+    # Shapes without memory (the largest has 388 million parameters); some versions of timm cannot build a ViT so.
+    with torch.device("cpu" if "vit" in architecture or "deit" in architecture else "meta"):
         model = module.build(module.Recipe(weights="none", released=released), classes)
     assert model.pretrained_cfg["architecture"] == architecture
     assert model.num_classes == classes
@@ -195,7 +196,7 @@ def test_shape_of_a_script(script: str) -> None:
     """One screen, the same order in all, no loop, no class but Recipe."""
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     tree = ast.parse(text)
-    assert len(text.splitlines()) <= 70
+    assert len(text.splitlines()) <= 64
     defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     assert defined == ["Recipe", "data", "build", "optimize"]
     assert not any(isinstance(node, ast.For | ast.While) for node in ast.walk(tree))

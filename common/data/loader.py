@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     indices: list[int]  # B positions in the split
     unreadable: list[tuple[int, str]]  # (index, why) of images that could not be read
 
+    @property
+    def readable(self) -> float:
+        """The share of the batch's images that could be read."""
+        return len(self.indices) / (len(self.indices) + len(self.unreadable))
+
 
 def shuffled(count: int, seed: int) -> Order:
     """A new permutation each epoch."""
