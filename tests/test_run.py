@@ -329,7 +329,7 @@ def test_gft_on_two_processes_is_resumed_and_evaluated(demo_output: Path, tmp_pa
     )  # fmt: skip
     folder = wait_for_step(output, 5, process)
     for child in subprocess.run(
-        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+        ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines():
         if str(output) in child and "gft_fgvcaircraft.py" in child:
             os.kill(int(child.split()[0]), signal.SIGKILL)
