@@ -97,7 +97,7 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
         raise UserError(f"--wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from error
 
 
-def bar(items: Iterable[T] | None, title: str, total: int | None = None, initial: int = 0) -> "tqdm[T]":
+def bar(items: Iterable[Any] | None, title: str, total: int | None = None, initial: int = 0) -> "tqdm[Any]":
     """A progress bar on a terminal's standard error; silent elsewhere and on every process but the first."""
     return tqdm(
         items,

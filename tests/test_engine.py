@@ -386,6 +386,13 @@ for step in test_engine.make_trainer(images, 9, loading=Loading(workers=2)).run(
     assert "a fault" in done.stderr
 
 
+def test_workers_end_with_a_program_that_kept_the_error() -> None:
+    """pytest keeps a traceback, and with it the iterator over workers, until the very end."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_engine.py", "-k", "unreadable_image_stops"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 0, done.stdout
+
+
 def test_seeding_reaches_every_generator() -> None:
     import random
 

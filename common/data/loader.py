@@ -6,12 +6,13 @@ its place in the epoch. A step number therefore says everything about where trai
 """
 
 import atexit
+import multiprocessing
+import multiprocessing.util  # its own exit function must be registered first, to run after ours
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -187,20 +188,15 @@ def _batches(dataset: Dataset[Any], batches: Any, workers: int, pin_memory: bool
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
-    iterator = iter(loader)
-    if workers:
-        _working.add(iterator)
-    return iterator
-
-
-_working: "WeakSet[Any]" = WeakSet()
+    return iter(loader)
 
 
 @atexit.register
 def _end_workers() -> None:
     """Ends workers that an error left behind: multiprocessing would send SIGTERM, which they ignore, and wait."""
-    for iterator in list(_working):
-        iterator._shutdown_workers()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def training_batches(

@@ -23,8 +23,8 @@ SPLITS = {"aircraft": ("train", "val", "test"), "coco": ("train2017", "val2017")
 @pytest.mark.parametrize("name", SPLITS)
 def test_splits_are_large_enough_balanced_and_disjoint(demo_root: Path, name: str) -> None:
     sets = [READERS[name](demo_root, split) for split in SPLITS[name]]
-    assert 1000 <= len(sets[0]) <= 1310
-    assert 450 <= len(sets[-1]) <= 500
+    assert 1290 <= len(sets[0]) <= 1510
+    assert 270 <= len(sets[-1]) <= 300
     for images in sets:
         assert sorted(images.classes) == sorted(CLASSES)
         counts = Counter(images.labels).values()
@@ -87,7 +87,7 @@ def test_coco_tests_every_part_of_the_label_rule(demo_root: Path, split: str) ->
     order = [box["image_id"] for box in content["annotations"]]
     assert sum(a == b for a, b in itertools.pairwise(order)) < 5
     without = {image["id"] for image in content["images"]} - set(boxes)
-    assert len(without) > 20
+    assert len(without) > 10
     assert list(boxes) != [image["id"] for image in content["images"] if image["id"] in boxes]
     files = set(os.listdir(demo_root / "coco" / split))
     assert files == {image["file_name"] for image in content["images"]}
