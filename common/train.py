@@ -68,7 +68,8 @@ class Session:
     @property
     def command(self) -> str:
         """What a user types to run the script again."""
-        return f"python {self.row}.py" + (" --demo" if self.options.demo else "")
+        start = "python" if dist.size() == 1 else f"torchrun --nproc_per_node {dist.size()}"
+        return f"{start} {self.row}.py" + (" --demo" if self.options.demo else "")
 
     def measure(self, model: nn.Module, images: Images) -> tuple[dict[str, Any], Predictions]:
         """Metrics of `model` on all of `images`, and what they were counted from."""
