@@ -102,7 +102,7 @@ class Contender:
 
 
 def main() -> None:
-    recipe, options, _ = parse(Recipe, Options, __doc__ or "")
+    recipe, options, *_ = parse(Recipe, Options, __doc__ or "")
     device = dist.choose_device(options.device, dist.Launch())
     rivals = {
         name: Contender(build(), recipe, device, Precision(options.precision, device))

@@ -87,9 +87,8 @@ class Trainer:
     schedule_per: str = "epoch"
     step: int = 0  # updates done
     skipped: int = 0  # of these, for a non-finite gradient
-    window: list[float] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
-    )  # loss sum, correct, samples since the last report
+    # loss sum, correct, samples since the last report
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def __post_init__(self) -> None:
         self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)

@@ -43,9 +43,7 @@ class Options:
     top: int = 5  # guesses an image for --predict
     out: str | None = None  # also write the predictions to a .csv or .json file
     download: bool = True  # fetch the data set where it is missing and its authors allow it
-    dist_timeout: float = (
-        1800  # seconds that a process waits for the others in one step; downloads are waited for longer
-    )
+    dist_timeout: float = 1800  # seconds that a process waits for the others; longer for downloads
     skip_bad_images: int = 0  # go on past up to N unreadable images; the record lists them
     limit: int | None = None  # use only the first N images of each split: a trial that never counts as a result
     wandb: bool = False  # log to Weights & Biases too (pip install wandb)

@@ -219,7 +219,7 @@ class _Options:
 
 def main() -> None:
     """`python -m common.predict --run DIR --images PATH...`"""
-    request, options, _ = parse(_Request, _Options, (__doc__ or "").splitlines()[0])
+    request, options, *_ = parse(_Request, _Options, (__doc__ or "").splitlines()[0])
     try:
         if not request.run or not request.images or request.top < 1:
             raise UserError("give the folder of a run with --run, images with --images, and --top 1 or more")

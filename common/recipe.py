@@ -29,10 +29,10 @@ OPTIONAL_VALUE = "value if given bare"  # metadata key: `--resume` may stand alo
 
 def parse(
     recipe_class: type[RecipeT], options_class: type[OptionsT], description: str, argv: Sequence[str] | None = None
-) -> tuple[RecipeT, OptionsT, dict[str, Any]]:
+) -> tuple[RecipeT, OptionsT, dict[str, Any], dict[str, Any]]:
     """Reads the command line into both dataclasses.
 
-    Returns the recipe, the options and the recipe fields that were given explicitly (name -> value).
+    Returns the recipe, the options, and the fields of each that were given explicitly (name -> value).
     Exits with status 2 and one sentence on an unknown flag or a value of the wrong type.
     """
     parser = _Parser(
@@ -50,8 +50,8 @@ def parse(
     given.pop("local_rank", None)
     names = {field.name for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
     overrides = {name: value for name, value in given.items() if name in names}
-    options = {name: value for name, value in given.items() if name not in names}
-    return recipe_class(**overrides), options_class(**options), overrides
+    chosen = {name: value for name, value in given.items() if name not in names}
+    return recipe_class(**overrides), options_class(**chosen), overrides, chosen
 
 
 def field_comments(cls: type) -> dict[str, str]:

@@ -70,11 +70,11 @@ def run(
     """
     script = Path(inspect.getfile(recipe_class))
     experiment = Experiment(recipe_class, data, build, optimize, dataset, demo, schedule_per, objective, clip_grad)
-    recipe, options, overrides = parse(
+    recipe, options, overrides, chosen = parse(
         recipe_class, Options, inspect.getdoc(sys.modules[recipe_class.__module__]) or "", argv
     )
     try:
-        _dispatch(experiment, recipe, options, overrides)
+        _dispatch(experiment, recipe, options, overrides, chosen)
     except UserError as error:
         print(f"{script.name}: error: {error}", file=sys.stderr, flush=True)
         _leave(1)
@@ -109,7 +109,9 @@ def _leave(status: int) -> None:
     raise SystemExit(status)
 
 
-def _dispatch(experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]) -> None:
+def _dispatch(
+    experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], chosen: dict[str, Any]
+) -> None:
     modes = [name for name in ("resume", "eval", "predict") if getattr(options, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other")
@@ -127,7 +129,7 @@ def _dispatch(experiment: Experiment, recipe: Any, options: Options, overrides: 
     elif options.eval:
         _evaluate(experiment, recipe, options, overrides, device)
     else:
-        _train(experiment, recipe, options, overrides, device)
+        _train(experiment, recipe, options, overrides, chosen, device)
 
 
 def _check_numbers(recipe: Any, options: Options) -> None:
@@ -143,13 +145,18 @@ def _check_numbers(recipe: Any, options: Options) -> None:
 
 
 def _train(
-    experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
+    experiment: Experiment,
+    recipe: Any,
+    options: Options,
+    overrides: dict[str, Any],
+    chosen: dict[str, Any],
+    device: torch.device,
 ) -> None:
     seed, folder = recipe.seed, None
     if options.resume:
         folder, info = _resumable(options, experiment.row)
         check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo)
-        options = _kept(options, info, folder)
+        options = _kept(options, chosen, info, folder)
         moved = {"data_root": recipe.data_root} if "data_root" in overrides else {}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
@@ -212,13 +219,13 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
     say(f"run folder: {session.folder}")
 
 
-def _kept(options: Options, info: dict[str, Any], folder: Path) -> Options:
-    """`options` with those that the run was started with; one that is now given otherwise is a UserError."""
+def _kept(options: Options, chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> Options:
+    """`options` with those that the run was started with; one that was now `chosen` otherwise is a UserError."""
     for name in KEPT:
-        now, then = getattr(options, name), info["options"][name]
-        if now not in (then, getattr(Options(), name)):
+        then = info["options"][name]
+        if chosen.get(name, then) != then:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{folder} was started with {flag} {then}: resume it without {flag} {now}")
+            raise UserError(f"{folder} was started with {flag} {then}: resume it without {flag} {chosen[name]}")
     return dataclasses.replace(options, **info["options"])
 
 

@@ -23,6 +23,7 @@ from common.data.images import Images
 from common.data.loader import Plan, shuffled
 from common.engine import Loading, Stopwatch, Trainer, evaluate
 from common.errors import UserError
+from common.experiment import Options
 from common.log import Log, bar, say, watched
 from common.metrics import Predictions, summarize, write_tables
 from common.provenance import (
@@ -46,7 +47,7 @@ class Session:
     row: str  # the script's name, which is also its row of the paper's table
     folder: Path
     recipe: Any
-    options: Any  # common.run.Options
+    options: Options
     overrides: dict[str, Any]
     seed: int
     data: Data

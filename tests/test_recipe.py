@@ -62,8 +62,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_without_words_everything_is_the_default() -> None:
-    recipe, options, overrides = parse(Recipe, Running, "", [])
-    assert (recipe, options, overrides) == (Recipe(), Running(), {})
+    recipe, options, overrides, chosen = parse(Recipe, Running, "", [])
+    assert (recipe, options, overrides, chosen) == (Recipe(), Running(), {}, {})
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,21 @@ def test_without_words_everything_is_the_default() -> None:
     ],
 )
 def test_every_kind_of_field(words: list[str], name: str, value: Any) -> None:
-    recipe, options, overrides = parse(Recipe, Running, "", words)
+    recipe, options, overrides, chosen = parse(Recipe, Running, "", words)
     assert overrides == {name: value}
     assert type(overrides[name]) is type(value)
     assert recipe == Recipe(**{name: value})
-    assert options == Running()
+    assert (options, chosen) == (Running(), {})
 
 
 def test_options_are_no_overrides() -> None:
-    recipe, options, overrides = parse(Recipe, Running, "", ["--device", "cpu", "--epochs", "1"])
+    recipe, options, overrides, chosen = parse(Recipe, Running, "", ["--device", "cpu", "--epochs", "1"])
     assert (options, overrides, recipe) == (Running(device="cpu"), {"epochs": 1}, Recipe(epochs=1))
+    assert chosen == {"device": "cpu"}
+
+
+def test_a_default_that_was_given_is_told_from_one_that_was_not() -> None:
+    assert parse(Recipe, Running, "", ["--device", Running().device])[3] == {"device": Running().device}
 
 
 def test_a_flag_that_may_stand_alone() -> None:
@@ -141,8 +146,8 @@ def test_a_value_that_json_cannot_hold_or_python_not_read_is_a_word(text: str) -
 
 @pytest.mark.parametrize("flag", [["--local-rank", "1"], ["--local_rank", "1"], ["--local-rank=1"], ["--local_rank=1"]])
 def test_the_launchers_rank_is_ignored(flag: list[str]) -> None:
-    recipe, options, overrides = parse(Recipe, Running, "", [*flag, "--epochs", "3"])
-    assert (recipe, options, overrides) == (Recipe(epochs=3), Running(), {"epochs": 3})
+    recipe, options, overrides, chosen = parse(Recipe, Running, "", [*flag, "--epochs", "3"])
+    assert (recipe, options, overrides, chosen) == (Recipe(epochs=3), Running(), {"epochs": 3}, {})
 
 
 @pytest.mark.parametrize(

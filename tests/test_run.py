@@ -146,6 +146,12 @@ def test_resume_takes_over_what_was_given_at_the_start(whole: Outcome, demo_outp
     assert "finished" in one_line(finished.err)
     precise = run_script("gft_food101.py", "--demo", "--output", demo_output, "--resume", folder, "--precision", "bf16")
     assert "--precision fp32" in one_line(precise.err)
+    info = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(info | {"options": info["options"] | {"accumulate": 2}}))
+    words = ("--demo", "--output", demo_output, "--resume", folder)
+    whole_batches = run_script("gft_food101.py", *words, "--accumulate", "1")  # the default, but said
+    assert "--accumulate 2" in one_line(whole_batches.err)
+    (folder / "model.json").write_text(json.dumps(info))
     resumed = run_script("gft_food101.py", "--demo", "--workers", "0", "--resume", folder)  # --limit is kept too
     assert resumed.status == 0, resumed.err
     assert json.loads((folder / "record.json").read_text())["results"] == whole.record["results"]
