@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("demo", "write the small demo data in the layout of a data set"),
     ):
         subparser = commands.add_parser(command, help=text, description=text)
-        subparser.add_argument("name", choices=sorted(DATA_SETS), help="data set")
+        subparser.add_argument("name", type=str.lower, choices=sorted(DATA_SETS), help="data set")
         subparser.add_argument(
             "--data-root",
             default="data",

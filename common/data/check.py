@@ -28,7 +28,7 @@ def check(name: str, root: str | Path) -> bool:
     problems = []
     for split in facts.counts:
         try:
-            found[split] = READERS[name](tree.root, split)
+            found[split] = READERS[facts.name](tree.root, split)
         except UserError as error:
             problems.append(f"{split}: {error}")
     if found:

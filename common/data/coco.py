@@ -83,11 +83,9 @@ def _build_index(tree: Tree, annotations: str) -> dict[str, Any]:
     """Reads the annotation file: ids, file names and labels of the labelled images; names of the others."""
     path = tree.path / annotations
     content = tree.json(annotations, "the annotation file", object_hook=_without_outline)
-    if not isinstance(content, dict):
-        raise tree.damaged(path, "is not an object with images, annotations and categories")
-    images = _table(tree, annotations, content, "images", {"id": int, "file_name": str})
-    boxes = _table(tree, annotations, content, "annotations", {"id": int, "image_id": int, "category_id": int})
-    categories = _table(tree, annotations, content, "categories", {"id": int, "name": str})
+    images = tree.table(annotations, content, "images", {"id": int, "file_name": str})
+    boxes = tree.table(annotations, content, "annotations", {"id": int, "image_id": int, "category_id": int})
+    categories = tree.table(annotations, content, "categories", {"id": int, "name": str})
     del content
 
     categories.sort(key=lambda category: category["id"])
@@ -117,19 +115,3 @@ def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
     """Drops polygons as they are parsed: they are most of the file, and several GB as Python objects."""
     entry.pop("segmentation", None)
     return entry
-
-
-def _table(
-    tree: Tree, annotations: str, content: dict[str, Any], name: str, fields: dict[str, type]
-) -> list[dict[str, Any]]:
-    """One list of the annotation file, refused unless every entry has the fields and no id occurs twice."""
-    path, table = tree.path / annotations, content.get(name)
-    if not isinstance(table, list) or not table:
-        raise tree.damaged(path, f"has no list of {name}")
-    for position, entry in enumerate(table):
-        for field, kind in fields.items():
-            # type(), not isinstance(): true and false are no ids.
-            if not isinstance(entry, dict) or type(entry.get(field)) is not kind:
-                raise tree.damaged(path, f"has no {field} in entry {position} of {name}")
-    tree.require_unique(annotations, (entry["id"] for entry in table), f"in {name} the id")
-    return table

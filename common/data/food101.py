@@ -24,11 +24,10 @@ def food101(root: str | Path, split: str) -> Images:
     listed = tree.json(list_file, f"the list of {split} images")
     _check_list(tree, list_file, listed)
     tree.names("images", "the folder of the images")
-    for name, ids in listed.items():
-        tree.require_images(f"images/{name}", [f"{id_.removeprefix(f'{name}/')}.jpg" for id_ in ids])
+    ids = [id_ for ids in listed.values() for id_ in ids]
+    tree.require_images("images", [f"{id_}.jpg" for id_ in ids])
 
     source = Food101(tree.root, split=split, download=False)
-    ids = [id_ for ids in listed.values() for id_ in ids]
     return Images("food101", split, ids, source._image_files, source._labels, source.classes)
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 
 Transform = Callable[[Image.Image], Any]
+Decode = Callable[[Path], Image.Image]
 
 _NOT_READABLE = ": not readable as an image, "
 
@@ -99,7 +100,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Images(Dataset[tuple[Any, int]]):
-    """Labelled image files, decoded when asked for.
+    """Labelled images, decoded when asked for.
 
     `images[i]` is `(transform(image), label)` with an RGB PIL image; without a transform, the image itself.
     The object never changes: `subset` and `with_transform` give new ones, so that two subsets cannot come to
@@ -111,6 +112,10 @@ class Images(Dataset[tuple[Any, int]]):
         ids: unique ids of the original lists, in their order.
         labels: 0-based class of each image.
         classes: class names; position = label.
+
+    Args:
+        paths: the file of each image, or whatever else `decode` takes.
+        decode: path -> RGB image; picklable, because worker processes get it.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class Images(Dataset[tuple[Any, int]]):
         labels: Sequence[int],
         classes: Sequence[str],
         transform: Transform | None = None,
+        decode: Decode = load_image,
     ) -> None:
         self.name = name
         self.split = split
@@ -129,6 +135,7 @@ class Images(Dataset[tuple[Any, int]]):
         self.labels = [int(label) for label in labels]
         self.classes = list(classes)
         self._transform = transform
+        self._decode = decode
         self._validate(len(paths))
         # Common root and rest, as strings: Path objects would weigh several times as much in every worker.
         strings = [os.fspath(path) for path in paths]
@@ -170,7 +177,7 @@ class Images(Dataset[tuple[Any, int]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(self.path(index))
+        image = self._decode(self.path(index))
         return (image if self._transform is None else self._transform(image)), self.labels[index]
 
     def __repr__(self) -> str:
@@ -191,6 +198,7 @@ class Images(Dataset[tuple[Any, int]]):
             labels=[self.labels[index] for index in chosen],
             classes=self.classes,
             transform=self._transform,
+            decode=self._decode,
         )
 
     def with_transform(self, transform: Transform | None) -> "Images":

@@ -7,8 +7,9 @@ import tarfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torchvision.datasets import FGVCAircraft, Food101
+from torchvision.datasets import CIFAR10, CIFAR100, FGVCAircraft, Food101
 
 from common.data.archive import check_zip, unpack_zip
 from common.data.published import published
@@ -41,39 +42,49 @@ _COCO_ARCHIVES = (
 )
 
 
+# torchvision's own downloads: the class, and the folder that its archive unpacks to.
+_TORCHVISION: dict[str, tuple[Any, str]] = {
+    "air": (FGVCAircraft, "fgvc-aircraft-2013b"),
+    "aircraft": (FGVCAircraft, "fgvc-aircraft-2013b"),
+    "cifar10": (CIFAR10, CIFAR10.base_folder),
+    "cifar100": (CIFAR100, CIFAR100.base_folder),
+    "food101": (Food101, "food-101"),
+}
+
+
 def prepare(name: str, root: str | Path, download: bool = True) -> None:
     """Makes sure that a data set is complete below `root`; where it is, nothing is fetched or written.
 
     Only one process may call this at a time; the others wait for it.
 
     Args:
-        name: "aircraft", "coco" or "food101".
+        name: one of `common.data.published.DATA_SETS`.
         root: data root; the data set gets its own folder in it.
         download: False forbids the network.
 
     Raises:
-        UserError: the tree is damaged; or it is missing and `download` is False, the network or the disk
-            fails, or what was downloaded is damaged.
+        UserError: the tree is damaged; or it is missing and `download` is False, nobody offers it for download,
+            the network or the disk fails, or what was downloaded is damaged.
     """
     facts = published(name)
     tree = Tree(facts, root)
-    problem = _problem(name, tree)
+    problem = _problem(tree)
     if problem is None:
         return
     if not (download and facts.downloads):
         raise problem
-    fetched = _prepare_coco(tree) if name == "coco" else _prepare_with_torchvision(tree)
+    fetched = _prepare_coco(tree) if facts.name == "coco" else _prepare_with_torchvision(tree)
     # What was there before and is wrong is the user's to remove: nothing of it is overwritten.
-    problem = _problem(name, tree) if fetched else problem
+    problem = _problem(tree) if fetched else problem
     if problem is not None:
         raise problem
 
 
-def _problem(name: str, tree: Tree) -> UserError | None:
+def _problem(tree: Tree) -> UserError | None:
     """What the data set's own reader has against the tree."""
     try:
         for split in tree.published.counts:
-            READERS[name](tree.root, split)
+            READERS[tree.published.name](tree.root, split)
     except UserError as error:
         return error
     return None
@@ -91,11 +102,12 @@ def _prepare_with_torchvision(tree: Tree) -> bool:
     name = tree.published.name
     # In a folder of its own: torchvision takes whatever an interrupted download left behind for complete.
     temporary = tree.root / f".download-{name}-{uuid.uuid4().hex}"
-    source = FGVCAircraft if name == "aircraft" else Food101
+    source, folder = _TORCHVISION[name]
     try:
         temporary.mkdir(parents=True)
-        source(temporary, split="test", download=True)
-        (temporary / tree.published.folder).rename(tree.path)
+        source(temporary, download=True)
+        tree.path.parent.mkdir(parents=True, exist_ok=True)
+        (temporary / folder).rename(tree.path)
     except (
         OSError,
         RuntimeError,
@@ -104,9 +116,10 @@ def _prepare_with_torchvision(tree: Tree) -> bool:
         tarfile.TarError,
         http.client.HTTPException,
     ) as error:
+        url = source.url if issubclass(source, CIFAR10) else source._URL
         reason = " ".join(str(getattr(error, "reason", "") or error or type(error).__name__).split())
         raise UserError(
-            f"{source._URL} could not be downloaded and unpacked to {tree.path} ({reason}); try again, or "
+            f"{url} could not be downloaded and unpacked to {tree.path} ({reason}); try again, or "
             f"get it by hand from {tree.published.source} and unpack it below {tree.root}."
         ) from error
     finally:

@@ -12,12 +12,23 @@ import pytest
 from sklearn.datasets import load_digits
 from tiny_trees import sentence, write_food
 
-from common.data import aircraft, coco, demo, food101, write_demo
-from common.data.demo import CLASSES, DEMO_FORMAT, MARKER, SIZE, is_finished
+from common.data import air, aircraft, coco, demo_layouts, food101, write_demo
+from common.data.demo import MARKER, is_finished
+from common.data.demo_layouts import CLASSES, DEMO_FORMAT, SIZE
+from common.data.published import DATA_SETS
 from common.data.readers import READERS
 from common.errors import UserError
 
-SPLITS = {"aircraft": ("train", "val", "test"), "coco": ("train2017", "val2017"), "food101": ("train", "test")}
+SPLITS = {name: tuple(facts.counts) for name, facts in DATA_SETS.items()} | {
+    "air": ("train", "test"),
+    "aircraft": ("train", "val", "test"),
+}
+
+
+def digit_of(class_name: str) -> int:
+    """The digit that a class of any demo data set is named after: "seven", "008.seven", "8" (labels from 1)."""
+    word = class_name.replace(".", " ").replace("-", " ").split()[-1]
+    return int(word) - 1 if word.isdecimal() else CLASSES.index(word)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -26,7 +37,7 @@ def test_splits_are_large_enough_balanced_and_disjoint(demo_root: Path, name: st
     assert 1290 <= len(sets[0]) <= 1510
     assert 270 <= len(sets[-1]) <= 300
     for images in sets:
-        assert sorted(images.classes) == sorted(CLASSES)
+        assert sorted(map(digit_of, images.classes)) == list(range(10))
         counts = Counter(images.labels).values()
         assert len(counts) == 10
         assert max(counts) <= 1.25 * min(counts)
@@ -34,7 +45,8 @@ def test_splits_are_large_enough_balanced_and_disjoint(demo_root: Path, name: st
 
 
 def test_all_digits_are_used_once(demo_root: Path) -> None:
-    assert sum(len(food101(demo_root, split)) for split in ("train", "test")) == 1797
+    for name in set(DATA_SETS) - {"aircraft", "coco"}:
+        assert sum(len(READERS[name](demo_root, split)) for split in SPLITS[name]) == 1797
     assert sum(len(aircraft(demo_root, split)) for split in ("trainval", "test")) == 1797
     assert set(aircraft(demo_root, "trainval").ids) == {
         id_ for split in ("train", "val") for id_ in aircraft(demo_root, split).ids
@@ -52,7 +64,7 @@ def test_pictures_show_the_digit_of_their_label(demo_root: Path, name: str) -> N
         assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
         pixels = np.asarray(image.resize((8, 8)).convert("L"), dtype=float).reshape(1, 64)
         nearest = int(((originals - pixels) ** 2).sum(1).argmin())
-        assert images.classes[label] == CLASSES[bunch.target[nearest]]
+        assert digit_of(images.classes[label]) == bunch.target[nearest]
 
 
 def test_layouts(demo_root: Path) -> None:
@@ -70,6 +82,27 @@ def test_layouts(demo_root: Path) -> None:
     assert (data / "variants.txt").read_text().split() == sorted(CLASSES)
     assert all(len(path.stem) == 7 and path.stem.isdecimal() for path in (data / "images").iterdir())
     assert {path.name for path in folder.iterdir()} == {"annotations", "train2017", "val2017", MARKER}
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("CUB", "images.txt image_class_labels.txt train_test_split.txt classes.txt images"),
+        ("dog", "train_list.mat test_list.mat Images"),
+        ("car", "devkit cars_test_annos_withlabels.mat cars_train cars_test"),
+        ("air", "data"),
+        ("INat2017", "train2017.json val2017.json train_val_images"),
+        ("cotton", "anno images"),
+        ("soyloc", "anno images"),
+        (
+            "cifar10/cifar-10-batches-py",
+            "data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5 test_batch batches.meta",
+        ),
+        ("cifar100/cifar-100-python", "train test meta"),
+    ],
+)
+def test_layouts_of_ffvt(demo_root: Path, folder: str, names: str) -> None:
+    assert {path.name for path in (demo_root / folder).iterdir()} == {*names.split(), MARKER}
 
 
 @pytest.mark.parametrize("split", SPLITS["coco"])
@@ -118,8 +151,8 @@ def test_a_finished_tree_is_left_alone_and_content_is_reproducible(demo_root: Pa
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the writing, not of the content."""
-    few = {part: digits[:50] for part, digits in demo._digits().items()}
-    monkeypatch.setattr(demo, "_digits", lambda: few)
+    few = {part: digits[:50] for part, digits in demo_layouts._digits().items()}
+    monkeypatch.setattr(demo_layouts, "_digits", lambda: few)
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -158,6 +191,24 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "food-101").mkdir()
     write_demo("food101", tmp_path)
     assert len(food101(tmp_path, "test")) == 50
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_real_archive_is_never_hidden_by_a_demo(tmp_path: Path) -> None:
+    write_demo("aircraft", tmp_path)
+    write_demo("air", tmp_path)  # the same files will do
+    assert {path.name for path in tmp_path.iterdir()} == {"fgvc-aircraft-2013b"}
+    assert len(air(tmp_path, "test")) == 50
+    (tmp_path / "fgvc-aircraft-2013b" / MARKER).unlink()
+    with pytest.raises(UserError) as caught:
+        write_demo("air", tmp_path)
+    sentence(caught.value, tmp_path / "fgvc-aircraft-2013b", "holds other data")
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_names_in_capitals(tmp_path: Path) -> None:
+    write_demo("CUB", tmp_path)
+    assert is_finished(tmp_path / "CUB")
 
 
 def test_a_file_in_its_place(tmp_path: Path) -> None:

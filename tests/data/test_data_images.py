@@ -263,6 +263,21 @@ def test_workers_get_it_pickled(tmp_path: Path) -> None:
     assert torch.cat([pixels for pixels, _ in batches])[:, 0, 0, 0].tolist() == list(range(6))
 
 
+def _grey_of_name(path: Path) -> Image.Image:
+    return Image.new("RGB", (2, 2), (int(path.name),) * 3)
+
+
+def test_decode_takes_the_place_of_reading_files(tmp_path: Path) -> None:
+    paths = [f"nowhere/{level}" for level in (10, 20, 30)]
+    images = make(tmp_path, 3, paths=paths, decode=_grey_of_name, transform=lambda image: image.getpixel((0, 0))[0])
+    assert [images[index] for index in range(3)] == [(10, 0), (20, 1), (30, 0)]
+    part = images.subset([2, 0])
+    assert [part[index][0] for index in range(2)] == [30, 10]
+    again = pickle.loads(pickle.dumps(part.with_transform(v2.PILToTensor())))
+    assert again[0][0][0, 0, 0] == 30
+    assert images.fingerprint() == make(tmp_path, 3).fingerprint()
+
+
 def test_pickled_size_is_near_the_bare_names() -> None:
     ids = [f"apple_pie/{number:07d}" for number in range(10_000)]
     images = Images("food101", "train", ids, [f"/a/long/way/to/food-101/{id_}.jpg" for id_ in ids], [0] * 10_000, ["x"])

@@ -1,7 +1,9 @@
 """Downloads against a server on this machine: complete, interrupted, damaged, refused; no network where none is due."""
 
+import hashlib
 import importlib
 import io
+import shutil
 import stat
 import tarfile
 import threading
@@ -12,11 +14,14 @@ from pathlib import Path
 
 import pytest
 from tiny_trees import sentence, write_aircraft, write_coco, write_food
-from torchvision.datasets import FGVCAircraft, Food101
+from torchvision.datasets import CIFAR10, CIFAR100, FGVCAircraft, Food101
 
 from common.data import aircraft, coco, food101, prepare
 from common.data import archive as archive_module
 from common.data.archive import check_zip, unpack_zip
+from common.data.demo import MARKER
+from common.data.published import DATA_SETS
+from common.data.readers import READERS
 from common.errors import UserError
 
 # import_module, because the function of the same name hides the module as an attribute of common.data.
@@ -70,6 +75,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setattr(FGVCAircraft, "_URL", f"{server.url}/aircraft.tar.gz")
         monkeypatch.setattr(Food101, "_URL", f"{server.url}/food-101.tar.gz")
         monkeypatch.setattr(Food101, "_MD5", None)
+        for source in (CIFAR10, CIFAR100):
+            monkeypatch.setattr(source, "url", f"{server.url}/{source.filename}")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -229,7 +236,7 @@ def test_a_damaged_tree_is_left_to_the_user(server: Server, tmp_path: Path) -> N
 def test_an_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         prepare("imagenet", tmp_path)
-    sentence(caught.value, "'imagenet'", "aircraft, coco, food101")
+    sentence(caught.value, "'imagenet'", ", ".join(sorted(DATA_SETS)))
 
 
 # Archives
@@ -337,3 +344,57 @@ def test_a_failing_torchvision_download_leaves_nothing(server: Server, tmp_path:
     server.files["/aircraft.tar.gz"] = content
     prepare("aircraft", tmp_path / "data")
     assert len(aircraft(tmp_path / "data", "train")) == 2
+
+
+def test_air_is_the_same_download_under_its_own_name(server: Server, tmp_path: Path) -> None:
+    write_aircraft(tmp_path / "origin")
+    server.files["/aircraft.tar.gz"] = tarred(tmp_path / "origin/fgvc-aircraft-2013b")
+    prepare("air", tmp_path / "data")
+    assert names(tmp_path / "data") == {"air"}
+    assert len(READERS["air"](tmp_path / "data", "train")) == 4
+    server.requests.clear()
+    prepare("air", tmp_path / "origin")  # the archive of aircraft will do
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("demo_cifar_is_published")
+@pytest.mark.parametrize("source", [CIFAR10, CIFAR100])
+def test_cifar_downloads(
+    server: Server, tmp_path: Path, demo_root: Path, source: type[CIFAR10], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = source.__name__.lower()
+    origin = tmp_path / "origin" / source.base_folder
+    shutil.copytree(demo_root / DATA_SETS[name].folder, origin, ignore=shutil.ignore_patterns(MARKER))
+    server.files[f"/{source.filename}"] = content = tarred(origin)
+    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(content).hexdigest())
+    prepare(name, tmp_path / "data")
+    assert {path for path, _ in server.requests} == {f"/{source.filename}"}
+    server.requests.clear()
+    prepare(name, tmp_path / "data")
+    assert server.requests == []
+    assert names(tmp_path / "data") == {name}
+    assert names(tmp_path / "data" / name) == {source.base_folder}
+    assert READERS[name](tmp_path / "data", "test").fingerprint() == READERS[name](demo_root, "test").fingerprint()
+
+
+def test_a_damaged_cifar_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    server.files[f"/{CIFAR10.filename}"] = b"<html>"
+    with pytest.raises(UserError) as caught:
+        prepare("cifar10", tmp_path)
+    sentence(caught.value, f"{server.url}/{CIFAR10.filename}", tmp_path / "cifar10", "by hand")
+    assert names(tmp_path) <= {"cifar10"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, facts in DATA_SETS.items() if not facts.downloads))
+def test_what_nobody_offers_is_placed_by_hand(server: Server, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(name.upper(), tmp_path)
+    text = sentence(caught.value, tmp_path / DATA_SETS[name].folder, "is not there", DATA_SETS[name].source)
+    assert "--no-download" not in text
+    assert server.requests == []
+
+
+def test_demo_data_needs_no_download(server: Server, demo_root: Path) -> None:
+    for name in DATA_SETS:
+        prepare(name, demo_root, download=False)
+    assert server.requests == []

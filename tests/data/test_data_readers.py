@@ -2,12 +2,11 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_trees import AIRCRAFT_LISTS, sentence, write_aircraft, write_food
+from tiny_trees import AIRCRAFT_LISTS, empty_folder, overwrite, remove, sentence, write_aircraft, write_food
 from torchvision.datasets import FGVCAircraft, Food101
 
 from common.data import Images, aircraft, food101
@@ -103,48 +102,28 @@ def test_no_data(tmp_path: Path, reader: Callable[[Path, str], Images], folder: 
     sentence(caught.value, root / folder, host, "--data-root", "--no-download")
 
 
-def _remove(relative: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        path = folder / relative
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    return damage
-
-
-def _write(relative: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / relative).write_text(text) and None
-
-
-def _empty_folder(relative: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        shutil.rmtree(folder / relative)
-        (folder / relative).mkdir()
-
-    return damage
-
-
 FOOD_DAMAGE = {
-    "meta missing": (_remove("meta"), "meta/train.json", "is not there"),
-    "list missing": (_remove("meta/train.json"), "meta/train.json", "is not there"),
-    "list empty": (_write("meta/train.json", ""), "meta/train.json", "is empty"),
-    "list cut short": (_write("meta/train.json", '{"waffles": ["waffles/3", "waf'), "meta/train.json", "cut short"),
-    "list of another kind": (_write("meta/train.json", "[1, 2]"), "meta/train.json", "not an object"),
+    "meta missing": (remove("meta"), "meta/train.json", "is not there"),
+    "list missing": (remove("meta/train.json"), "meta/train.json", "is not there"),
+    "list empty": (overwrite("meta/train.json", ""), "meta/train.json", "is empty"),
+    "list cut short": (overwrite("meta/train.json", '{"waffles": ["waffles/3", "waf'), "meta/train.json", "cut short"),
+    "list of another kind": (overwrite("meta/train.json", "[1, 2]"), "meta/train.json", "not an object"),
     "list binary": (lambda folder: (folder / "meta/train.json").write_bytes(b"\xff\xd8"), "meta/train.json", "text"),
-    "list nested": (_write("meta/train.json", "[" * 200_000), "meta/train.json", "cut short"),
-    "class empty": (_write("meta/train.json", '{"ramen": []}'), "meta/train.json", "'ramen'"),
-    "class of numbers": (_write("meta/train.json", '{"ramen": [1]}'), "meta/train.json", "lists 1 under"),
-    "class of others": (_write("meta/train.json", '{"ramen": ["waffles/1"]}'), "meta/train.json", "'ramen/...'"),
-    "image twice": (_write("meta/train.json", '{"ramen": ["ramen/1", "ramen/1"]}'), "meta/train.json", "2 times"),
+    "list nested": (overwrite("meta/train.json", "[" * 200_000), "meta/train.json", "cut short"),
+    "class empty": (overwrite("meta/train.json", '{"ramen": []}'), "meta/train.json", "'ramen'"),
+    "class of numbers": (overwrite("meta/train.json", '{"ramen": [1]}'), "meta/train.json", "lists 1 under"),
+    "class of others": (overwrite("meta/train.json", '{"ramen": ["waffles/1"]}'), "meta/train.json", "'ramen/...'"),
+    "image twice": (overwrite("meta/train.json", '{"ramen": ["ramen/1", "ramen/1"]}'), "meta/train.json", "2 times"),
     "class lost": (
-        _write("meta/train.json", json.dumps({"ramen": ["ramen/1"], "waffles": ["waffles/1"]})),
+        overwrite("meta/train.json", json.dumps({"ramen": ["ramen/1"], "waffles": ["waffles/1"]})),
         "meta/train.json",
         "'apple_pie'",
     ),
-    "images missing": (_remove("images"), "images", "is not there"),
-    "images empty": (_empty_folder("images"), "images", "is empty"),
-    "class folder missing": (_remove("images/ramen"), "images/ramen", "is not there"),
-    "class folder empty": (_empty_folder("images/ramen"), "images/ramen", "is empty"),
-    "image missing": (_remove("images/waffles/3.jpg"), "images/waffles", "lacks 1 of the 2 listed images"),
+    "images missing": (remove("images"), "images", "is not there"),
+    "images empty": (empty_folder("images"), "images", "is empty"),
+    "class folder missing": (remove("images/ramen"), "images/ramen", "is not there"),
+    "class folder empty": (empty_folder("images/ramen"), "images/ramen", "is empty"),
+    "image missing": (remove("images/waffles/3.jpg"), "images/waffles", "lacks 1 of the 2 listed images"),
 }
 
 
@@ -160,21 +139,21 @@ def test_damaged_food(tmp_path: Path, kind: str) -> None:
 
 LIST = "images_variant_train.txt"
 AIRCRAFT_DAMAGE = {
-    "variants missing": (_remove("variants.txt"), "variants.txt", "is not there"),
-    "variants empty": (_write("variants.txt", "\n"), "variants.txt", "is empty"),
-    "variant twice": (_write("variants.txt", "707-320\nCessna 172\n707-320\n"), "variants.txt", "707-320 2 times"),
-    "variants cut short": (_write("variants.txt", "707-320\nCessna"), LIST, "line 1"),
-    "variant without images": (_write("variants.txt", "707-320\nCessna 172\nTu-154\n"), LIST, "'Tu-154'"),
-    "list missing": (_remove(LIST), LIST, "is not there"),
-    "list empty": (_write(LIST, ""), LIST, "is empty"),
-    "list cut at a line": (_write(LIST, "0000003 Cessna 172\n"), LIST, "'707-320'"),
-    "list cut in a line": (_write(LIST, "0000003 Cessna 172\n0000001 707-"), LIST, "line 2"),
-    "list without variants": (_write(LIST, "0000003\n"), LIST, "line 1"),
-    "image twice": (_write(LIST, "0000003 Cessna 172\n0000003 707-320\n"), LIST, "0000003 2 times"),
-    "images missing": (_remove("images"), "images", "is not there"),
-    "images empty": (_empty_folder("images"), "images", "is empty"),
-    "image missing": (_remove("images/0000001.jpg"), "images", "lacks 1 of the 2 listed images"),
-    "data missing": (_remove("."), "", "is empty"),
+    "variants missing": (remove("variants.txt"), "variants.txt", "is not there"),
+    "variants empty": (overwrite("variants.txt", "\n"), "variants.txt", "is empty"),
+    "variant twice": (overwrite("variants.txt", "707-320\nCessna 172\n707-320\n"), "variants.txt", "707-320 2 times"),
+    "variants cut short": (overwrite("variants.txt", "707-320\nCessna"), LIST, "line 1"),
+    "variant without images": (overwrite("variants.txt", "707-320\nCessna 172\nTu-154\n"), LIST, "'Tu-154'"),
+    "list missing": (remove(LIST), LIST, "is not there"),
+    "list empty": (overwrite(LIST, ""), LIST, "is empty"),
+    "list cut at a line": (overwrite(LIST, "0000003 Cessna 172\n"), LIST, "'707-320'"),
+    "list cut in a line": (overwrite(LIST, "0000003 Cessna 172\n0000001 707-"), LIST, "line 2"),
+    "list without variants": (overwrite(LIST, "0000003\n"), LIST, "line 1"),
+    "image twice": (overwrite(LIST, "0000003 Cessna 172\n0000003 707-320\n"), LIST, "0000003 2 times"),
+    "images missing": (remove("images"), "images", "is not there"),
+    "images empty": (empty_folder("images"), "images", "is empty"),
+    "image missing": (remove("images/0000001.jpg"), "images", "lacks 1 of the 2 listed images"),
+    "data missing": (remove("."), "", "is empty"),
 }
 
 

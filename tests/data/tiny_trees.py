@@ -1,6 +1,8 @@
 """Data sets of a few images in the real layouts, written by plain code (not common.data.demo) for tests to damage."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,37 @@ def write_coco(root: Path, content: Any = None) -> Path:
         for image in coco_annotations()["images"]:
             write_image(folder / split / image["file_name"])
     return annotations
+
+
+# Damage, as functions of the folder.
+
+
+def remove(relative: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / relative
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+def overwrite(relative: str, content: str | bytes) -> Callable[[Path], None]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / relative).write_bytes(data) and None
+
+
+def empty_folder(relative: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        shutil.rmtree(folder / relative)
+        (folder / relative).mkdir()
+
+    return damage
+
+
+def cut(relative: str, count: int) -> Callable[[Path], None]:
+    """Takes the last bytes away."""
+
+    def damage(folder: Path) -> None:
+        path = folder / relative
+        path.write_bytes(path.read_bytes()[:-count])
+
+    return damage
