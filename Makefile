@@ -9,6 +9,7 @@ demo: .venv/.installed
 
 demos: .venv/.installed
 	for script in *_*.py; do $(BIN)/python $$script --demo || exit 1; done
+	$(BIN)/python ffvt/train.py --name demo --dataset CUB --demo --feature_fusion
 
 test: .venv/.tested
 	$(BIN)/python -m pytest

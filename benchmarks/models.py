@@ -27,6 +27,7 @@ from common.files import write_text
 from common.models import GFT, TransFG
 from common.provenance import device_name
 from common.recipe import parse
+from ffvt.model import CONFIGS, FFVT
 
 BACKBONE = "vit_base_patch16_224"
 FLOOR = "plain ViT-B/16"
@@ -55,6 +56,8 @@ def contenders(recipe: Recipe) -> dict[str, Callable[[], nn.Module]]:
         "GFT described": lambda: GFT(BACKBONE, classes, size),
         "GFT released": lambda: GFT(BACKBONE, classes, size, released=True),
         "TransFG (GFT repository)": lambda: TransFG(BACKBONE, classes, size),
+        "FFVT": lambda: FFVT(CONFIGS["ViT-B_16"], size, classes),
+        "FFVT without fusion": lambda: FFVT(CONFIGS["ViT-B_16"], size, classes, feature_fusion=False),
     }
 
 

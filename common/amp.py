@@ -21,8 +21,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """One object that runs forward, backward and step at the chosen precision.
 
-    `precision` is fp32, bf16 or fp16; `backend` is native or apex (fp16 only). `init_scale` is the first loss scale of
-    native fp16 (PyTorch's own default is 2**16).
+    `precision` is fp32, bf16 or fp16; `backend` is native or apex (fp16 only), `opt_level` apex's. `init_scale` is the
+    first loss scale of native fp16 (PyTorch's own default is 2**16); a `loss_scale` above 0 is the scale for good,
+    with either backend.
     """
 
     def __init__(
@@ -32,19 +33,22 @@ class Precision:
         backend: str = "native",
         opt_level: str = "O1",
         init_scale: float = 2.0**16,
+        loss_scale: float = 0.0,
     ) -> None:
         self.precision, self.device, self.backend, self.opt_level = precision, device, backend, opt_level
+        self.loss_scale = loss_scale
         self.apex: Any = None
         if backend == "apex":
             self.apex = _import_apex(precision, device)
         native_fp16 = precision == "fp16" and backend == "native"
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, enabled=native_fp16)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale or init_scale, enabled=native_fp16)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         """apex rewrites model and optimizer here; otherwise both come back as they are."""
         if self.apex is None:
             return model, optimizer
-        model, optimizer = self.apex.initialize(model, optimizer, opt_level=self.opt_level)
+        scale = {"loss_scale": self.loss_scale} if self.loss_scale else {}
+        model, optimizer = self.apex.initialize(model, optimizer, opt_level=self.opt_level, **scale)
         return model, optimizer
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -75,7 +79,7 @@ class Precision:
         skipped = ~torch.isfinite(norm)
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
-            self.scaler.update()
+            self.scaler.update(self.loss_scale or None)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             # Fused optimizers read this flag on the device (GradScaler sets it the same way): no wait for the GPU.
             setattr(optimizer, "found_inf", skipped.float())  # noqa: B010 - no declared attribute

@@ -1,21 +1,26 @@
-"""What a script decides and what a user may choose: the experiment, its options, its data and its model."""
+"""What a program decides and what a user may choose: the experiment, its options, its data and its model."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from common import dist
+from common.amp import Precision
 from common.data import Data, Images, prepare, write_demo
-from common.engine import Objective
+from common.data.loader import Order, shuffled
+from common.engine import Objective, cross_entropy
 from common.errors import UserError
-from common.provenance import has_batch_norm
+from common.log import Listener
+from common.provenance import alterations, has_batch_norm
 from common.recipe import OPTIONAL_VALUE
 from common.weights import explain_offline, load_weights, pretrained_report
 
@@ -52,7 +57,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a script decides; see `run`."""
+    """What a program decides; the fields are the arguments of `common.run.run`.
+
+    The methods say how the 21 scripts behave. A program with a published command line overrides those that differ.
+    """
 
     recipe_class: type
     data: Callable[[Any], Data]
@@ -60,27 +68,96 @@ class Experiment:
     optimize: Callable[[Any, Iterable[nn.Parameter]], tuple[Optimizer, Any]]
     dataset: str
     demo: dict[str, Any]
-    schedule_per: str
-    objective: Objective
-    clip_grad: float | None
+    schedule_per: str = "epoch"
+    objective: Objective = cross_entropy
+    clip_grad: float | None = None
+    separator: str = "-"  # between the words of a flag in --help and messages; both are understood
+    # Recipe fields and options that this program calls otherwise: the name here -> its own.
+    names: Mapping[str, str] = field(default_factory=dict)
+    may_be_zero: frozenset[str] = frozenset({"seed", "weight_decay"})  # numbers of the recipe that need not be positive
 
     @property
-    def script(self) -> Path:
-        return Path(inspect.getfile(self.recipe_class))
+    def script(self) -> str:
+        """The program's file, from the root of this repository."""
+        return Path(inspect.getfile(self.recipe_class)).name
 
     @property
-    def row(self) -> str:
-        """Names the row of a paper's table: the script's own name."""
-        return self.script.stem
+    def name(self) -> str:
+        """What model.json calls the program."""
+        return self.script.removesuffix(".py")
+
+    @property
+    def description(self) -> str:
+        """The head of --help: the docstring of the program."""
+        return inspect.getdoc(sys.modules[self.recipe_class.__module__]) or ""
+
+    def folder(self, recipe: Any) -> str:
+        """Runs go to OUTPUT/<folder>/<time>-<id>/."""
+        return self.name
+
+    def row(self, recipe: Any) -> str | None:
+        """The row of a paper's table that this recipe reproduces."""
+        return self.name
+
+    def data_set(self, recipe: Any) -> str:
+        """The name that common.data has for the data set."""
+        return self.dataset
+
+    def demo_changes(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """The recipe fields that `--demo` changes, but for those given on the command line.
+
+        These are `overrides`; what a demo cannot use may be taken out of them.
+        """
+        return self.demo
+
+    def options(self, recipe: Any, options: Options) -> Options:
+        """The options with what the recipe says of them. `names` are left out of the command line's own."""
+        return options
+
+    def precision(self, recipe: Any, options: Options, device: torch.device) -> Precision:
+        return Precision(options.precision, device, options.amp_backend)
+
+    def order(self, recipe: Any, count: int, seed: int) -> Order:
+        """The order of the training images."""
+        return shuffled(count, seed)
+
+    def max_norm(self, recipe: Any) -> float | None:
+        """Gradients are clipped to this norm; none: they are not."""
+        return self.clip_grad
+
+    def alterations(self, recipe: Any, trained: bool) -> list[str]:
+        """How the recipe differs from the published one (`trained`: in training too): such runs never count."""
+        return alterations(recipe)
+
+    def advice(self, recipe: Any, demo: bool) -> list[str]:
+        """Sentences to be said before training."""
+        return []
+
+    def listener(self, recipe: Any, step: int) -> Listener:
+        """What else follows the training that goes on from `step`; made on rank 0 alone."""
+        return Listener()
+
+    def flag(self, name: str) -> str:
+        """`accumulate` -> `--accumulate`, or the program's own word for it."""
+        return "--" + self.names.get(name, name).replace("_", self.separator)
+
+    def given(self, recipe: Any) -> dict[str, Any]:
+        """The recipe fields without a default, which every command line has to name."""
+        fields = dataclasses.fields(self.recipe_class)
+        bare = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        return {f.name: getattr(recipe, f.name) for f in bare}
+
+    def with_weights(self, recipe: Any, source: str) -> Any:
+        return dataclasses.replace(recipe, **{self.names.get("weights", "weights"): source})
 
 
 def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:
     """The splits of the experiment, fetched or written first where they are missing, cut where --limit says so."""
     with dist.main_first():
         if options.demo:
-            write_demo(experiment.dataset, recipe.data_root)
+            write_demo(experiment.data_set(recipe), recipe.data_root)
         else:
-            prepare(experiment.dataset, recipe.data_root, download=options.download)
+            prepare(experiment.data_set(recipe), recipe.data_root, download=options.download)
         data = experiment.data(recipe)
     if options.limit is None:
         return data
@@ -94,16 +171,16 @@ def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:
 def make_model(experiment: Experiment, recipe: Any, num_classes: int, load: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The model with its starting weights, or (`load` false) bare for a checkpoint to fill; and what was loaded."""
     source = recipe.weights if load else "none"
-    if source not in ("pretrained", "none") and not Path(source).is_file():
+    if source not in ("pretrained", "none") and not source.endswith(".npz") and not Path(source).is_file():
         raise UserError(
-            f"--weights {source}: expected pretrained, none, or an existing .npz, .safetensors or .pth file"
+            f"{experiment.flag('weights')} {source}: expected pretrained, none, or an existing .npz, .safetensors or "
+            ".pth file"
         )
     pretrained = source == "pretrained"
     # Rank 0 downloads first, the others find the file in the cache.
     with dist.main_first(), explain_offline(recipe.model, pretrained), _explain_kwargs(recipe):
-        model = experiment.build(
-            dataclasses.replace(recipe, weights="pretrained" if pretrained else "none"), num_classes
-        )
+        bare = recipe if pretrained else experiment.with_weights(recipe, "none")
+        model = experiment.build(bare, num_classes)
     if pretrained:
         return model, pretrained_report(model)
     if source == "none":

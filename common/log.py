@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
 from tqdm import tqdm
 
 from common import dist
@@ -20,12 +21,28 @@ from common.files import write_text
 T = TypeVar("T")
 
 
+class Listener:
+    """Follows a training run on rank 0, beside its own files: a program that writes more overrides what it needs."""
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """`kind` is train or val; `values` are those of log.jsonl."""
+
+    def best(self, model: nn.Module, first: bool) -> None:
+        """The model is the best so far; `first`: nothing has been handed to `best` in this run."""
+
+    def close(self) -> None:
+        """The run ends or is stopped."""
+
+
 class Log:
     """Appends a JSON object a line to `folder/log.jsonl`, and its numbers to TensorBoard under `{kind}/{name}`."""
 
-    def __init__(self, folder: Path, from_step: int, wandb: bool, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, from_step: int, wandb: bool, config: dict[str, Any], listener: Listener | None = None
+    ) -> None:
         self.active = dist.is_main()
         self.wandb: Any = None
+        self.listener = listener or Listener()
         if not self.active:
             return
         self.path = folder / "log.jsonl"
@@ -53,10 +70,12 @@ class Log:
             raise UserError(f"{self.path} or tensorboard/ beside it cannot be written ({error.strerror})") from error
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
+        self.listener.log(kind, step, values)
 
     def close(self) -> None:
         if self.active:
             self.board.close()
+            self.listener.close()
             if self.wandb is not None:
                 self.wandb.finish()
 

@@ -25,6 +25,7 @@ NPZ_NAMES = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+Vi
 # timm's ViT has no representation layer before its head, and fine-tuning has no use for it.
 IGNORED = frozenset({"pre_logits/kernel", "pre_logits/bias"})
 
+FILE_ADVICE = "use the file of this model"
 MAX_BYTES = 8 << 30  # twice the largest ViT that was published in this layout
 MAX_RATIO, FREE_BYTES = 100, 64 << 20  # trained weights hardly compress; small files may be mostly zeros
 FLOATS = (np.float16, np.float32, np.float64)
@@ -361,39 +362,48 @@ class LoadReport:
     left: tuple[str, ...]
 
 
-def load_npz(model: nn.Module, path: str | Path) -> LoadReport:
+def load_npz(model: nn.Module, path: str | Path, leave: tuple[str, ...] = (), need: tuple[str, ...] = ()) -> LoadReport:
     """Load a Google ViT checkpoint into a timm VisionTransformer in place and report what was loaded.
 
-    The position embedding is resized to the model's grid. The head is loaded when the file's has as many
-    classes; otherwise exactly `head.weight` and `head.bias` are left as they are and named in the report.
-    Raises UserError when any other parameter is missing on either side or has another shape.
+    The position embedding is resized to the model's grid. Parameters whose names begin with one of `leave` stay
+    as they are. So does the head, `head.weight` and `head.bias`, unless the file's has as many classes or they are
+    in `need`. Raises UserError when any other parameter is missing on either side or has another shape; the model is
+    then unchanged.
     """
     own = {key: value.shape for key, value in model.state_dict().items()}
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or "cls_token" not in own or "pos_embed" not in own:
         raise UserError(f"{path} is for a ViT with a class token, which {type(model).__name__} is not")
     state_dict = google_to_timm(read_npz(path), grid=tuple(grid), source=path)
+    _check_depth(own, state_dict, model, path)
     head = ("head.weight", "head.bias")
-    if any(key not in state_dict or own.get(key) != state_dict[key].shape for key in head):
-        state_dict = {key: value for key, value in state_dict.items() if key not in head}
-    left = tuple(key for key in head if key in own and key not in state_dict)
+    if any(key not in state_dict or own.get(key) != state_dict[key].shape for key in head if key not in need):
+        leave = (*leave, *head)
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(leave)}
+    left = tuple(key for key in own if key.startswith(leave))
     _check_fit({key: shape for key, shape in own.items() if key not in left}, state_dict, model, path)
     model.load_state_dict(state_dict, strict=False)
     return LoadReport(tuple(state_dict), left)
+
+
+def _check_depth(
+    own: dict[str, torch.Size], state_dict: dict[str, torch.Tensor], model: nn.Module, path: str | Path
+) -> None:
+    depth, own_depth = _timm_layout(state_dict).depth, _timm_layout(own).depth
+    if depth != own_depth:
+        name = type(model).__name__
+        raise UserError(f"{path} has {depth} blocks, but {name} has {own_depth}: {FILE_ADVICE}")
 
 
 def _check_fit(
     own: dict[str, torch.Size], state_dict: dict[str, torch.Tensor], model: nn.Module, path: str | Path
 ) -> None:
     """Assert that the file fills each of these parameters of the model, in its shape, and has no other."""
-    name, advice = type(model).__name__, "use the file of this model"
-    depth, own_depth = _timm_layout(state_dict).depth, _timm_layout(own).depth
-    if depth != own_depth:
-        raise UserError(f"{path} has {depth} blocks, but {name} has {own_depth}: {advice}")
+    name = type(model).__name__
     for key in sorted(own.keys() ^ state_dict.keys()):
         holder, other = (name, path) if key in own else (path, name)
-        raise UserError(f"{holder} has {key}, but {other} has not: {advice}")
+        raise UserError(f"{holder} has {key}, but {other} has not: {FILE_ADVICE}")
     for key, value in state_dict.items():
         if value.shape != own[key]:
             shapes = f"{tuple(value.shape)}, but {name} needs {tuple(own[key])}"
-            raise UserError(f"{path} has {key} of shape {shapes}: {advice}")
+            raise UserError(f"{path} has {key} of shape {shapes}: {FILE_ADVICE}")

@@ -6,6 +6,7 @@ The scripts' `--predict` is the same. C classes.
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from torch import nn
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-import common.models
 from common import dist
 from common.data.images import Images
 from common.errors import UserError
@@ -41,6 +41,7 @@ MODEL_INFO = (
     "classes",
     "preprocessing",
 )
+LIBRARIES = ("common.models", "ffvt.model")  # modules of models that model.json may name
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -77,10 +78,11 @@ def restore_transform(steps: list[dict[str, Any]]) -> T.Compose:
 
 
 def describe_model(model: nn.Module, num_classes: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The class and arguments that build `model` again: one of common.models, which keeps its own, or a timm model."""
-    if type(model).__module__.startswith("common.models"):
+    """The class and arguments that build `model` again: one of LIBRARIES, which keeps its own, or a timm model."""
+    library = next((name for name in LIBRARIES if type(model).__module__.startswith(name)), None)
+    if library is not None:
         config: Any = model.config
-        return {"library": "common.models", "name": type(model).__name__, "arguments": dict(config)}
+        return {"library": library, "name": type(model).__name__, "arguments": dict(config)}
     origin: Any = model.pretrained_cfg
     name = ".".join(part for part in (origin["architecture"], origin.get("tag")) if part)
     arguments = {"num_classes": num_classes, **model_kwargs}
@@ -97,7 +99,9 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
         if not timm.is_model(name):  # nor a "hf-hub:..." that timm would fetch
             raise ValueError(f"timm has no model {name!r}")
         return timm.create_model(name, pretrained=False, **arguments)
-    model: nn.Module = getattr(common.models, name)(pretrained=False, **arguments)
+    if description["library"] not in LIBRARIES:
+        raise ValueError(f"the library {description['library']!r} is none of this repository")
+    model: nn.Module = getattr(importlib.import_module(description["library"]), name)(**arguments)
     return model
 
 

@@ -18,7 +18,7 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 RecipeT = TypeVar("RecipeT")
@@ -28,11 +28,18 @@ OPTIONAL_VALUE = "value if given bare"  # metadata key: `--resume` may stand alo
 
 
 def parse(
-    recipe_class: type[RecipeT], options_class: type[OptionsT], description: str, argv: Sequence[str] | None = None
+    recipe_class: type[RecipeT],
+    options_class: type[OptionsT],
+    description: str,
+    argv: Sequence[str] | None = None,
+    without: Collection[str] = (),
+    separator: str = "-",
 ) -> tuple[RecipeT, OptionsT, dict[str, Any], dict[str, Any]]:
     """Reads the command line into both dataclasses.
 
-    Returns the recipe, the options, and the fields of each that were given explicitly (name -> value).
+    A field without a default must be given; the options named in `without` have no flag. `separator`, "-" or "_",
+    stands between the words of a flag; the other is understood too. Returns the recipe, the options, and the fields of
+    each that were given explicitly (name -> value).
     Exits with status 2 and one sentence on an unknown flag or a value of the wrong type.
     """
     parser = _Parser(
@@ -41,13 +48,20 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_fields(parser.add_argument_group("recipe (the published values are the defaults)"), recipe_class)
-    _add_fields(parser.add_argument_group("running it"), options_class)
-    # torch.distributed.launch passes it; the launcher's environment variables say the same and more.
-    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+    recipe = parser.add_argument_group("recipe (the published values are the defaults)")
+    _add_fields(recipe, recipe_class, separator)
+    running = parser.add_argument_group("running it")
+    _add_fields(running, options_class, separator, without)
+    running.add_argument(
+        f"--local{separator}rank",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="torch.distributed.launch passes it; its environment variables, which say more, decide [-1]",
+    )
     words = sys.argv[1:] if argv is None else argv
-    given = vars(parser.parse_args([_dashed(word) for word in words]))
-    given.pop("local_rank", None)
+    given = vars(parser.parse_args([_separated(word, separator) for word in words]))
+    given.pop("local_rank")
     names = {field.name for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
     overrides = {name: value for name, value in given.items() if name in names}
     chosen = {name: value for name, value in given.items() if name not in names}
@@ -70,16 +84,20 @@ def field_comments(cls: type) -> dict[str, str]:
     return comments
 
 
-def _add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
+def _add_fields(group: argparse._ArgumentGroup, cls: type, separator: str, without: Collection[str] = ()) -> None:
     hints = typing.get_type_hints(cls)
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
-        flag = "--" + field.name.replace("_", "-")
+        if field.name in without:
+            continue
+        flag = "--" + field.name.replace("_", separator)
+        required = _default(field) is dataclasses.MISSING
         settings = _settings(hints[field.name], _default(field))
         if OPTIONAL_VALUE in field.metadata:
             settings |= {"nargs": "?", "const": field.metadata[OPTIONAL_VALUE]}
-        text = f"{comments.get(field.name, '')} [{_shown(_default(field))}]".strip().replace("%", "%%")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
+        shown = "required" if required else _shown(_default(field))
+        text = f"{comments.get(field.name, '')} [{shown}]".strip().replace("%", "%%")
+        group.add_argument(flag, default=argparse.SUPPRESS, required=required, help=text, **settings)
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
@@ -128,12 +146,13 @@ def _or_none(kind: type) -> Any:
     return convert
 
 
-def _dashed(word: str) -> str:
+def _separated(word: str, separator: str) -> str:
     """`--batch_size=8` -> `--batch-size=8`; values stay as they are."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value
+    flag = "--" + flag[2:].replace("-", separator).replace("_", separator)
+    return flag.replace("--no_", "--no-") + equals + value  # argparse spells this one itself
 
 
 class _KeyValues(argparse.Action):

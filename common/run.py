@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import inspect
 import json
 import os
 import sys
@@ -19,7 +18,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common import dist
-from common.amp import Precision
 from common.data import Data
 from common.data.loader import seed_everything
 from common.engine import Objective, Trainer, cross_entropy
@@ -68,29 +66,26 @@ def run(
     scheduler (stepped once an "epoch" or a "step"). `dataset` is the name that common.data knows, `demo` the recipe
     fields that `--demo` changes.
     """
-    script = Path(inspect.getfile(recipe_class))
-    experiment = Experiment(recipe_class, data, build, optimize, dataset, demo, schedule_per, objective, clip_grad)
+    start(Experiment(recipe_class, data, build, optimize, dataset, demo, schedule_per, objective, clip_grad), argv=argv)
+
+
+def start(experiment: Experiment, argv: list[str] | None = None) -> None:
+    """`run` for an experiment that overrides methods of Experiment."""
+    recipe_class: type[Any] = experiment.recipe_class
     recipe, options, overrides, chosen = parse(
-        recipe_class, Options, inspect.getdoc(sys.modules[recipe_class.__module__]) or "", argv
+        recipe_class, Options, experiment.description, argv, experiment.names, experiment.separator
     )
+    title = experiment.script
     try:
         _dispatch(experiment, recipe, options, overrides, chosen)
     except UserError as error:
-        print(f"{script.name}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{title}: error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except torch.OutOfMemoryError:
-        share = recipe.batch_size // dist.size()
-        more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
-        print(
-            f"{script.name}: error: out of GPU memory with {share // options.accumulate} images at a time in "
-            f"{options.precision}: take fewer with --accumulate {more} (the batch of {recipe.batch_size} stays; in "
-            "evaluation --eval-batch-size), use --precision bf16, or --grad-checkpointing; --batch-size changes the "
-            "experiment",
-            file=sys.stderr,
-        )
+        print(f"{title}: error: {_memory_advice(experiment, recipe, options)}", file=sys.stderr)
         _leave(1)
     except KeyboardInterrupt:
-        print(f"{script.name}: interrupted; a training run goes on from its last save with --resume", file=sys.stderr)
+        print(f"{title}: interrupted; a training run goes on from its last save with --resume", file=sys.stderr)
         _leave(130)
     except Exception:
         if not dist.active():
@@ -98,6 +93,18 @@ def run(
         traceback.print_exc()  # and away: taking leave of the group would wait for the others, and they for this one
         _leave(1)
     dist.stop()
+
+
+def _memory_advice(experiment: Experiment, recipe: Any, options: Options) -> str:
+    options = experiment.options(recipe, options)
+    share = recipe.batch_size // dist.size()
+    more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
+    return (
+        f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
+        f"with {experiment.flag('accumulate')} {more} (the batch of {recipe.batch_size} stays; in evaluation "
+        f"{experiment.flag('eval_batch_size')}), use --precision bf16, or --grad-checkpointing; "
+        f"{experiment.flag('batch_size')} changes the experiment"
+    )
 
 
 def _leave(status: int) -> None:
@@ -121,9 +128,8 @@ def _dispatch(
     dist.start(launch, device, options.dist_timeout)
     if options.demo:
         torch.set_num_threads(1)  # the demo's models are too small for more: threads would wait for each other
-        changes: dict[str, Any] = {"weights": "none", "data_root": str(Path(options.output) / "demo-data")}
-        recipe = dataclasses.replace(recipe, **(changes | experiment.demo | overrides))
-    _check_numbers(recipe, options)
+        recipe = _demo_recipe(experiment, recipe, options, overrides)
+    _check_numbers(experiment, recipe, options)
     if options.predict:
         _predict(experiment, recipe, options, overrides, device)
     elif options.eval:
@@ -132,16 +138,22 @@ def _dispatch(
         _train(experiment, recipe, options, overrides, chosen, device)
 
 
-def _check_numbers(recipe: Any, options: Options) -> None:
+def _demo_recipe(experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]) -> Any:
+    weights = experiment.names.get("weights", "weights")
+    changes: dict[str, Any] = {"data_root": str(Path(options.output) / "demo-data"), weights: "none"}
+    return dataclasses.replace(recipe, **(changes | experiment.demo_changes(overrides) | overrides))
+
+
+def _check_numbers(experiment: Experiment, recipe: Any, options: Options) -> None:
     """UserError for a number of recipe or options that nothing can be done with."""
-    may_be_zero = {"seed", "weight_decay", "workers", "skip_bad_images"}
+    may_be_zero = experiment.may_be_zero | {"workers", "skip_bad_images"}
     for fields in (recipe, options):
         for name, value in vars(fields).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if not (value >= 0 if name in may_be_zero else value > 0):
                 least = "0 or more" if name in may_be_zero else "more than 0"
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected {least}")
+                raise UserError(f"{experiment.flag(name)} {value}: expected {least}")
 
 
 def _train(
@@ -154,13 +166,14 @@ def _train(
 ) -> None:
     seed, folder = recipe.seed, None
     if options.resume:
-        folder, info = _resumable(options, experiment.row)
+        folder, info = _resumable(experiment, recipe, options)
         check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo)
         options = _kept(options, chosen, info, folder)
         moved = {"data_root": recipe.data_root} if "data_root" in overrides else {}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
-    precision = Precision(options.precision, device, options.amp_backend)
+    options = experiment.options(recipe, options)
+    precision = experiment.precision(recipe, options, device)
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
     data = read_data(experiment, recipe, options)
@@ -169,7 +182,8 @@ def _train(
         raise UserError(
             f"{folder} was started on other images or labels than {recipe.data_root} holds now: start a new run"
         )
-    plan = plan_batches(data.train, recipe.batch_size, options.accumulate, seed)
+    order = experiment.order(recipe, len(data.train), seed)
+    plan = plan_batches(experiment, order, len(data.train), recipe.batch_size, options.accumulate)
     seed_everything(seed)
     model, weights = make_model(experiment, recipe, len(data.classes), load=folder is None)
     if options.grad_checkpointing:
@@ -179,10 +193,10 @@ def _train(
     model.to(device)
     resume = folder is not None
     if folder is None:
-        folder = Path(dist.broadcast(str(new_folder(options.output, experiment.row)) if dist.is_main() else ""))
+        folder = _new_folder(experiment, recipe, options)
     else:
         weights = info["weights"]
-    session = Session(experiment.row, folder, recipe, options, overrides, seed, data, weights, device, precision)
+    session = Session(experiment, folder, recipe, options, overrides, seed, data, weights, device, precision)
     if dist.is_main() and not resume:
         write_text(folder / "model.json", json.dumps(_model_info(session, model), indent=1))
     optimizer, scheduler = experiment.optimize(recipe, [p for p in model.parameters() if p.requires_grad])
@@ -198,7 +212,7 @@ def _train(
         loading=session.loading,
         seed=seed,
         objective=experiment.objective,
-        clip_grad=experiment.clip_grad,
+        clip_grad=experiment.max_norm(recipe),
         schedule_per=experiment.schedule_per,
     )
     _say_plan(session, trainer)
@@ -207,13 +221,17 @@ def _train(
 
 def _say_plan(session: Session, trainer: Trainer) -> None:
     data, plan, options = session.data, trainer.plan, session.options
+    for sentence in session.experiment.advice(session.recipe, options.demo):
+        say(sentence)
+    rate = trainer.optimizer.param_groups[0].get("initial_lr", trainer.rate)  # a warm-up begins lower
     say(
-        f"{session.row} ({session.side}): {data.train.name}, train {data.train.split} {len(data.train):,}, select on "
-        f"{data.val.split} {len(data.val):,}, report {data.test.split} {len(data.test):,} ({data.selection})"
+        f"{session.row or session.experiment.name} ({session.side}): {data.train.name}, train {data.train.split} "
+        f"{len(data.train):,}, select on {data.val.split} {len(data.val):,}, report {data.test.split} "
+        f"{len(data.test):,} ({data.selection})"
     )
     say(
         f"batch {plan.batch_size} = {plan.size} processes x {plan.accumulate} micro-batches x "
-        f"{plan.batch_size // (plan.size * plan.accumulate)}, lr {trainer.rate:g}, {trainer.steps:,} steps, "
+        f"{plan.batch_size // (plan.size * plan.accumulate)}, lr {rate:g}, {trainer.steps:,} steps, "
         f"seed {session.seed}, {options.precision}, {device_name(session.device)}"
     )
     say(f"run folder: {session.folder}")
@@ -229,12 +247,18 @@ def _kept(options: Options, chosen: dict[str, Any], info: dict[str, Any], folder
     return dataclasses.replace(options, **info["options"])
 
 
-def _resumable(options: Options, row: str) -> tuple[Path, dict[str, Any]]:
+def _new_folder(experiment: Experiment, recipe: Any, options: Options) -> Path:
+    """The folder of this run, which rank 0 makes."""
+    made = str(new_folder(options.output, experiment.folder(recipe))) if dist.is_main() else ""
+    return Path(dist.broadcast(made))
+
+
+def _resumable(experiment: Experiment, recipe: Any, options: Options) -> tuple[Path, dict[str, Any]]:
     if options.resume == NEWEST:
-        path = str(newest(options.output, row, having="last.pt", lacking="record.json"))
+        path = str(newest(options.output, experiment.folder(recipe), having="last.pt", lacking="record.json"))
     else:
         path = str(options.resume)
-    folder, info = open_run(path, row)
+    folder, info = open_run(path, experiment.name)
     if (folder / "record.json").exists():
         raise UserError(f"{folder} is finished: see its record.json, or start a new run")
     return folder, info
@@ -244,7 +268,7 @@ def _model_info(session: Session, model: nn.Module) -> dict[str, Any]:
     """What `model.json` says: enough to resume, to evaluate, and to predict without the script."""
     recipe, data = session.recipe, session.data
     return {
-        "script": session.row,
+        "script": session.experiment.name,
         "side": session.side,
         "demo": session.options.demo,
         "seed": session.seed,
@@ -263,8 +287,8 @@ def _checkpoint(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]
 ) -> tuple[Path, Any, dict[str, Any] | None]:
     """The checkpoint that --eval or --checkpoint names, the recipe that goes with it, its `model.json` if ours."""
-    name = options.eval or options.checkpoint or str(newest(options.output, experiment.row, having="best.safetensors"))
-    path = Path(name)
+    name = options.eval or options.checkpoint
+    path = Path(name or newest(options.output, experiment.folder(recipe), having="best.safetensors"))
     if not path.exists():
         raise UserError(f"{path} does not exist: expected a run's folder, a .safetensors file or a released .pth")
     folder = path if path.is_dir() else path.parent
@@ -272,7 +296,7 @@ def _checkpoint(
         if path.is_dir():
             raise UserError(f"{path} is not the folder of a run: it has no model.json")
         return path, recipe, None
-    _, info = open_run(str(folder), experiment.row)
+    _, info = open_run(str(folder), experiment.name)
     unknown = info["recipe"].keys() - {field.name for field in dataclasses.fields(recipe)}
     if unknown:
         raise UserError(f"{folder / 'model.json'} has the recipe field {min(unknown)}, which this script does not know")
@@ -288,15 +312,16 @@ def _load(model: nn.Module, path: Path, recipe: Any) -> None:
 def _evaluate(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
 ) -> None:
-    precision = Precision(options.precision, device, options.amp_backend)
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
+    options = experiment.options(recipe, options)
+    precision = experiment.precision(recipe, options, device)
     data = read_data(experiment, recipe, options)
     model, _ = make_model(experiment, recipe, len(data.classes), load=False)
     _load(model, path, recipe)
     model.to(device)
-    folder = Path(dist.broadcast(str(new_folder(options.output, experiment.row)) if dist.is_main() else ""))
+    folder = _new_folder(experiment, recipe, options)
     weights = {"source": str(path), "sha256": sha256_of(path / "best.safetensors" if path.is_dir() else path)}
-    session = Session(experiment.row, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
+    session = Session(experiment, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
     tested, predictions = session.measure(model, data.test)
     validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
     results = {"checkpoint": {"val": validated, "test": tested}}

@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,14 +21,13 @@ from common.amp import Precision
 from common.checkpoint import load_state, save_state, save_weights
 from common.data import Data
 from common.data.images import Images
-from common.data.loader import Plan, shuffled
+from common.data.loader import Order, Plan
 from common.engine import Loading, Stopwatch, Trainer, evaluate
 from common.errors import UserError
-from common.experiment import Options
+from common.experiment import Experiment, Options
 from common.log import Log, bar, say, watched
 from common.metrics import Predictions, summarize, write_tables
 from common.provenance import (
-    alterations,
     data_differences,
     depends_on_micro_batches,
     device_name,
@@ -42,9 +42,9 @@ from common.weights import load_checkpoint
 
 @dataclass
 class Session:
-    """One use of a script: what was asked for, on which data and device, and where its files go."""
+    """One use of a program: what was asked for, on which data and device, and where its files go."""
 
-    row: str  # the script's name, which is also its row of the paper's table
+    experiment: Experiment
     folder: Path
     recipe: Any
     options: Options
@@ -67,10 +67,16 @@ class Session:
         return "released" if self.recipe.released else "described"
 
     @property
+    def row(self) -> str | None:
+        """The row of a paper's table."""
+        return self.experiment.row(self.recipe)
+
+    @property
     def command(self) -> str:
-        """What a user types to run the script again."""
-        start = "python" if dist.size() == 1 else f"torchrun --nproc_per_node {dist.size()}"
-        return f"{start} {self.row}.py" + (" --demo" if self.options.demo else "")
+        """What a user types to run the program again, as it was started."""
+        start = ["python"] if dist.size() == 1 else ["torchrun", "--nproc_per_node", str(dist.size())]
+        given = [f"--{name}={value}" for name, value in self.experiment.given(self.recipe).items()]
+        return shlex.join([*start, sys.argv[0], *given, *(["--demo"] if self.options.demo else [])])
 
     def measure(self, model: nn.Module, images: Images) -> tuple[dict[str, Any], Predictions]:
         """Metrics of `model` on all of `images`, and what they were counted from."""
@@ -95,7 +101,8 @@ class Session:
         if options.demo:
             reasons.append("demo")
         else:
-            reasons += [f"altered: {change}" for change in alterations(self.recipe)]
+            changes = self.experiment.alterations(self.recipe, trained=status == "finished")
+            reasons += [f"altered: {change}" for change in changes]
             if options.accumulate > 1 and depends_on_micro_batches(model):
                 reasons.append(f"altered: accumulate 1 -> {options.accumulate}")
             reasons += ["limited data"] if options.limit is not None else data_differences(self.data)
@@ -106,7 +113,7 @@ class Session:
         return {
             "schema": 1,
             "row": self.row,
-            "script": f"{self.row}.py",
+            "script": self.experiment.script,
             "side": self.side,
             "status": status,
             "excluded": reasons,
@@ -171,8 +178,15 @@ class Training:
         if resume:
             self._restore()
         self.clock = time.perf_counter()
-        config = {"script": session.row, "seed": session.seed, **dataclasses.asdict(session.recipe)}
-        self.log = Log(session.folder, self.trainer.step, session.options.wandb, config)
+        self.log = self._open_log()
+        if resume and self.best is not None and self.best["step"] == self.trainer.step:
+            self._save_best()  # the run may have been killed after last.pt and before the best weights were written
+
+    def _open_log(self) -> Log:
+        session, step = self.session, self.trainer.step
+        config = {"script": session.experiment.name, "seed": session.seed, **dataclasses.asdict(session.recipe)}
+        listener = session.experiment.listener(session.recipe, step) if dist.is_main() else None
+        return Log(session.folder, step, session.options.wandb, config, listener)
 
     @property
     def epoch(self) -> float:
@@ -270,7 +284,7 @@ class Training:
         self.wall_seconds, self.clock = self.wall_seconds + now - self.clock, now
         state = self.trainer.state_dict()  # on every process: each brings its own share
         state |= {"history": self.history, "best": self.best, "wall_seconds": self.wall_seconds}
-        state |= {"processes": dist.size(), "epoch_sums": self.epoch_sums}
+        state |= {"processes": dist.size(), "batch_size": self.trainer.plan.batch_size, "epoch_sums": self.epoch_sums}
         state |= {"trained_images": self.watch.images, "trained_seconds": self.watch.seconds}
         if dist.is_main():
             save_state(self.session.folder / "last.pt", state)
@@ -278,8 +292,10 @@ class Training:
     def _save_best(self) -> None:
         if dist.is_main() and self.best is not None:
             val = self.best["val"]
-            note = {"script": self.session.row, "step": str(self.best["step"]), "val_top1": f"{val['top1']:.6f}"}
+            name, step = self.session.experiment.name, str(self.best["step"])
+            note = {"script": name, "step": step, "val_top1": f"{val['top1']:.6f}"}
             save_weights(self.session.folder / "best.safetensors", self.model.state_dict(), note)
+            self.log.listener.best(self.model, first=len(self.history) == 1)
 
     def _restore(self) -> None:
         folder = self.session.folder
@@ -291,14 +307,17 @@ class Training:
                     f"{path} was saved by {state['processes']} processes, each with a moving average of its own: "
                     f"resume with as many, not with {dist.size()}"
                 )
+            if state["batch_size"] != self.trainer.plan.batch_size:  # where a recipe counts images per process
+                raise UserError(
+                    f"{path} was saved by {state['processes']} processes with a batch of {state['batch_size']} in all: "
+                    f"resume with as many, not with {dist.size()}"
+                )
             self.trainer.load_state_dict(state)
             self.history, self.best, self.wall_seconds = state["history"], state["best"], state["wall_seconds"]
             self.epoch_sums = state["epoch_sums"]
             self.watch = Stopwatch(state["trained_images"], state["trained_seconds"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} does not fit the model of this recipe ({str(error).splitlines()[0]})") from error
-        if self.best is not None and self.best["step"] == self.trainer.step:
-            self._save_best()  # the run may have been killed after last.pt and before the best weights were written
         if dist.is_main():
             for leftover in folder.glob(".*.tmp"):  # of a save that was killed
                 leftover.unlink()
@@ -342,16 +361,15 @@ class Training:
         return record
 
 
-def plan_batches(images: Images, batch_size: int, accumulate: int, seed: int) -> Plan:
-    """The plan of this process; UserError where the processes cannot divide the batch."""
+def plan_batches(experiment: Experiment, order: Order, count: int, batch_size: int, accumulate: int) -> Plan:
+    """The plan of this process for `count` images; UserError where the processes cannot divide the batch."""
     shares = dist.size() * accumulate
     if batch_size < 1 or batch_size % shares:
         raise UserError(
-            f"--batch-size {batch_size} cannot be divided by {dist.size()} processes x {accumulate} micro-batches "
-            "(--accumulate): choose numbers that divide it"
+            f"{experiment.flag('batch_size')}: the batch of {batch_size} cannot be divided by {dist.size()} processes "
+            f"x {accumulate} micro-batches ({experiment.flag('accumulate')}); choose numbers that divide it"
         )
-    order = shuffled(len(images), seed)
-    return Plan(order, len(images), batch_size, accumulate, dist.rank(), dist.size())
+    return Plan(order, count, batch_size, accumulate, dist.rank(), dist.size())
 
 
 def tell_results(session: Session, record: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     anything else is missing, unknown or of another shape; the model is then unchanged.
     """
     path = _file_of(path)
-    state_dict = read_state_dict(path)
+    state_dict = _in_our_names(model, read_state_dict(path), path)
     dropped = [key for key in state_dict if key.endswith(DROPPED_SUFFIX)]
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     _check_fit(model, state_dict, set(), path)
@@ -84,16 +84,25 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, Any]:
     """
     if Path(source).suffix == ".npz":
         path = Path(source)
-        target, prefix = _backbone(model)
-        loaded = set(load_npz(target, path).loaded)
+        own_way = hasattr(model, "load_npz")  # FFVT's last block is no block of the file
+        target, prefix = (model, "") if own_way else _backbone(model)
+        report = model.load_npz(path) if own_way else load_npz(target, path)  # type: ignore[operator]
+        loaded = set(report.loaded)
     else:
         path = _file_of(source)
-        state_dict = {k: v for k, v in read_state_dict(path).items() if not k.endswith(DROPPED_SUFFIX)}
+        state_dict = _in_our_names(model, read_state_dict(path), path)
+        state_dict = {k: v for k, v in state_dict.items() if not k.endswith(DROPPED_SUFFIX)}
         whole = any(key.startswith("base_model.") for key in state_dict)
         target, prefix = (model, "") if whole else _backbone(model)
         loaded = _load_all_but_classifier(target, state_dict, path)
     left = [key for key in model.state_dict() if not (key.startswith(prefix) and key.removeprefix(prefix) in loaded)]
     return {"source": path.name, "sha256": sha256_of(path), "left": left}
+
+
+def _in_our_names(model: nn.Module, state_dict: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A checkpoint of the authors' program in the names of our model, where these differ."""
+    translate = getattr(model, "from_released", None)
+    return state_dict if translate is None else translate(state_dict, path)
 
 
 def _file_of(path: str | Path) -> Path:
@@ -186,6 +195,12 @@ def _check_fit(model: nn.Module, state_dict: dict[str, Tensor], left: set[str], 
             f"{path} was trained for {counts[0]} classes, but this model has {counts[1]}: use the data set and "
             "class list it was trained with"
         )
+    if other and not missing and not unknown and all(key.endswith("pos_embed") for key in other):
+        (found, width), (expected, own_width) = (values[other[0]].shape[-2:] for values in (state_dict, own))
+        if width == own_width:
+            raise UserError(
+                f"{path} was trained at another image size: it has {found} positions, this model has {expected}"
+            )
     shapes = [f"{k} {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}" for k in other]
     parts = (("lacks", missing), ("holds the unknown", unknown), ("has", shapes))
     faults = " and ".join(f"{verb} {_some(names)}" for verb, names in parts if names)

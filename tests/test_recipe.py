@@ -204,7 +204,7 @@ def test_comments_are_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         "--resume [S] go on [none]",
     ):
         assert part in text
-    assert "local" not in text
+    assert "--local-rank N torch.distributed.launch passes it" in text
 
 
 def test_comments_are_taken_from_fields_alone() -> None:
@@ -256,3 +256,42 @@ def test_the_exit_status_of_a_real_process(tmp_path: Path) -> None:
     assert wrong.stderr.splitlines() == [
         "some_script.py: error: unrecognized arguments: --epoch 3; did you mean --epochs? --help lists every flag"
     ]
+
+
+@dataclass
+class Published:
+    """A command line published with underscores, one of its flags required."""
+
+    name: str  # of the run
+    num_steps: int = 10000  # updates
+    batch_size: int = 8  # images
+
+
+def test_a_published_command_line_with_underscores(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--name", "a_b-c", "--num_steps", "5", "--batch-size=4", "--no-amp", "--local-rank=0"]
+    recipe, options, overrides, chosen = parse(Published, Switched, "", words, {"eval_batch_size"}, separator="_")
+    assert recipe == Published("a_b-c", num_steps=5, batch_size=4)
+    assert (options.amp, overrides, chosen) == (False, vars(recipe), {"amp": False})
+    for wrong, parts in (
+        (["--num_steps", "5"], ("required", "--name")),
+        (["--name", "t", "--eval_batch_size", "5"], ("--eval_batch_size",)),
+        (["--name", "t", "--num-stepz", "5"], ("did you mean --num_steps?",)),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            parse(Published, Switched, "", wrong, {"eval_batch_size"}, separator="_")
+        assert leaving.value.code == 2
+        line = capsys.readouterr().err
+        assert all(part in line for part in parts)
+    with pytest.raises(SystemExit):
+        parse(Published, Switched, "", ["--help"], {"eval_batch_size"}, separator="_")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--name S of the run [required]" in text
+    assert "--num_steps N updates [10000]" in text
+    assert "--local_rank N" in text
+    assert "eval" not in text
+
+
+@dataclass
+class Switched:
+    amp: bool = True  # mixed precision
+    eval_batch_size: int = 8  # what the recipe has by the same name

@@ -389,7 +389,7 @@ def test_batch_that_the_processes_cannot_divide(demo_output: Path) -> None:
     words = ("vit_fgvcaircraft.py", *SMALL, "--output", demo_output, "--accumulate", 5)
     outcome = finish(start(*words))
     assert outcome.status == 1
-    assert "--batch-size 16" in one_line(outcome.err)
+    assert "--batch-size: the batch of 16" in one_line(outcome.err)
 
 
 @pytest.mark.parametrize(

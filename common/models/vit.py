@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,20 +59,41 @@ def num_heads(vit: VisionTransformer) -> int:
     return next(n for n in heads if n is not None)
 
 
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Return the tokens (B, N, D) that enter the first block, for images (B, 3, height, width)."""
+    x = vit._pos_embed(vit.patch_embed(images))  # (B, N, D)
+    return vit.norm_pre(vit.patch_drop(x))
+
+
 def run_blocks(vit: VisionTransformer, images: Tensor, depth: int) -> Tensor:
     """Return the tokens as they leave block number `depth`, without the final norm.
 
     images (B, 3, height, width) -> (B, N, D). timm's dropouts, pre-norm and gradient checkpointing apply.
     """
-    x = vit.patch_embed(images)
-    x = vit._pos_embed(x)  # (B, N, D)
-    x = vit.norm_pre(vit.patch_drop(x))
+    x = embed(vit, images)
     for block in vit.blocks[:depth]:
         if vit.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, use_reentrant=False)
         else:
             x = block(x)
     return x
+
+
+def run_block(block: Block, tokens: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one plain timm block, (B, N, D), and hand out the queries and keys (B, H, N, d) of its attention.
+
+    Only the first `rows` tokens (default all) are computed: (B, rows, D). Attention stays fused; dropout, layer scale
+    and stochastic depth are the block's own. Gated and normed attention, which newer timm has, are not handled.
+    """
+    attn: Any = block.attn
+    qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1))  # (B, N, 3, H, d)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    dropout = attn.attn_drop.p if block.training else 0.0
+    out = F.scaled_dot_product_attention(q[:, :, :rows], k, v, dropout_p=dropout)  # (B, H, rows, d)
+    out = attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
+    tokens = tokens[:, :rows] + block.drop_path1(block.ls1(out))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), q, k
 
 
 def freeze(*modules: nn.Module) -> None:

@@ -1,0 +1,434 @@
+"""The program ffvt/train.py: the README's commands, its files, evaluation, prediction, resumption, bad input."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import ROOT, Outcome, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DistributedSampler
+
+from common import dist
+from common.errors import UserError
+from ffvt.data import DATASETS
+from ffvt.train import EXPERIMENT, PUBLISHED, Recipe
+
+# As printed in the README of FFVT, less "$ ".
+COMMANDS = {
+    "cotton": "python3 -m torch.distributed.launch --nproc_per_node 4 train.py --name {name} --dataset cotton --model_type ViT-B_16 --pretrained_dir {pretrained_model_dir} --img_size 384 --resize_size 500 --train_batch_size 8 --learning_rate 0.02 --num_steps 2000 --fp16 --eval_every 16 --feature_fusion",  # noqa: E501
+    "soyloc": "python3 -m torch.distributed.launch --nproc_per_node 4 train.py --name {name} --dataset soyloc --model_type ViT-B_16 --pretrained_dir {pretrained_model_dir} --img_size 384 --resize_size 500 --train_batch_size 8 --learning_rate 0.02 --num_steps 4750 --fp16 --eval_every 50 --feature_fusion",  # noqa: E501
+    "CUB": "python3 -m torch.distributed.launch --nproc_per_node 4 train.py --name {name} --dataset CUB --model_type ViT-B_16 --pretrained_dir {pretrained_model_dir} --img_size 448 --resize_size 600 --train_batch_size 8 --learning_rate 0.02 --num_steps 10000 --fp16 --eval_every 200 --feature_fusion",  # noqa: E501
+    "dog": "python3 -m torch.distributed.launch --nproc_per_node 4 train.py --name {name} --dataset CUB --model_type ViT-B_16 --pretrained_dir {pretrained_model_dir} --img_size 448 --resize_size 600 --train_batch_size 4 --learning_rate 3e-3 --num_steps 30000 --fp16 --eval_every 300 --feature_fusion --decay_type linear --num_token 24",  # noqa: E501
+}
+# Flag and default, as the released program has them (--local_rank is not part of the recipe).
+FLAGS: dict[str, Any] = {
+    "dataset": "cotton",
+    "model_type": "ViT-B_16",
+    "pretrained_dir": "checkpoint/ViT-B_16.npz",
+    "output_dir": "output",
+    "img_size": 448,
+    "resize_size": 600,
+    "train_batch_size": 16,
+    "eval_batch_size": 16,
+    "num_token": 12,
+    "eval_every": 100,
+    "learning_rate": 3e-2,
+    "weight_decay": 0,
+    "num_steps": 10000,
+    "decay_type": "cosine",
+    "warmup_steps": 500,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "gradient_accumulation_steps": 1,
+    "fp16": False,
+    "fp16_opt_level": "O2",
+    "feature_fusion": False,
+    "loss_scale": 0,
+    "data_root": "./data",
+    "smoothing_value": 0.0,
+}
+SMALL = (
+    "--demo",
+    "--limit",
+    "71",
+    "--num_steps",
+    "6",
+    "--train_batch_size",
+    "16",
+    "--eval_every",
+    "3",
+    "--workers",
+    "0",
+)
+
+
+def words_of(command: str, name: str, processes: int) -> list[str]:
+    """A printed command, filled in, on so many processes."""
+    command = command.replace("{name}", name).replace("{pretrained_model_dir}", "checkpoint/ViT-B_16.npz")
+    return shlex.split(command.replace("--nproc_per_node 4", f"--nproc_per_node {processes}"))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own to run in: the program writes logs/ and output/ where it is started."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(demo_output: Path, *words: str | Path) -> Outcome:
+    return run_script("ffvt/train.py", "--name", "t", "--output", demo_output, *words)
+
+
+def one_line(outcome: Outcome) -> str:
+    assert outcome.status == 1, (outcome.out, outcome.err)
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole(demo_output: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """A small run of FFVT on digits in the layout of CUB, and the folder in which it was started."""
+    folder, before = tmp_path_factory.mktemp("whole"), os.getcwd()
+    os.chdir(folder)
+    try:
+        outcome = train(demo_output, "--dataset", "CUB", "--feature_fusion", *SMALL)
+    finally:
+        os.chdir(before)
+    assert outcome.status == 0, outcome.err
+    return outcome, folder
+
+
+def test_the_published_flags_and_their_defaults() -> None:
+    recipe = vars(Recipe("t"))
+    assert {name: recipe[name] for name in FLAGS} == FLAGS
+    assert recipe.keys() - FLAGS.keys() == {"name", "model_kwargs", "released"}
+    choices = Recipe.__annotations__["dataset"].__args__
+    assert sorted(choices) == sorted(DATASETS)
+    shown = run_script("ffvt/train.py", "--help").out
+    assert all(
+        f"--{name} " in shown for name in (*FLAGS, "name", "local_rank", "resume", "eval", "predict", "released")
+    )
+    nameless = run_script("ffvt/train.py", "--dataset", "CUB")
+    assert nameless.status == 2
+    assert "--name" in nameless.err
+
+
+@pytest.mark.parametrize("which", COMMANDS)
+def test_the_printed_commands_are_the_published_recipes(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four processes nothing of them counts as altered; in their own words the Dogs command trains on CUB."""
+    words = words_of(COMMANDS[which], "t", 4)
+    given = dict(re.findall(r"--(\w+) ([^-]\S*)", " ".join(words[words.index("train.py") :])))
+    kinds = {name: type(value) for name, value in FLAGS.items()} | {"name": str}
+    recipe = Recipe(**{name: kinds[name](value) for name, value in given.items()}, fp16=True, feature_fusion=True)
+    monkeypatch.setattr(dist, "size", lambda: 4)
+    assert EXPERIMENT.row(recipe) == ("ffvt_cub" if which == "dog" else f"ffvt_{which.lower()}")
+    if which == "dog":
+        assert "--dataset dog" in EXPERIMENT.advice(recipe, demo=True)[0]
+        assert "learning_rate 0.02 -> 0.003" in EXPERIMENT.alterations(recipe, trained=True)
+        recipe.dataset = "dog"
+    assert EXPERIMENT.alterations(recipe, trained=True) == []
+    assert EXPERIMENT.advice(recipe, demo=False) == []
+    monkeypatch.setattr(dist, "size", lambda: 1)
+    batch = PUBLISHED[recipe.dataset]["batch_size"]
+    assert f"--train_batch_size {batch} on 1" in EXPERIMENT.advice(recipe, demo=False)[0]
+    assert EXPERIMENT.alterations(recipe, trained=True) == [f"batch_size {batch} -> {batch // 4}"]
+    recipe.train_batch_size, recipe.pretrained_dir = batch, "B_16-augreg.npz"
+    assert EXPERIMENT.alterations(recipe, trained=True) == ["pretrained_dir ViT-B_16.npz -> B_16-augreg.npz"]
+    assert EXPERIMENT.alterations(recipe, trained=False) == []
+    recipe.feature_fusion, recipe.num_token = False, 5
+    assert EXPERIMENT.row(recipe) == f"ffvt_{recipe.dataset.lower()}_vit"
+    assert EXPERIMENT.alterations(recipe, trained=False) == []
+    recipe.img_size = 224
+    assert EXPERIMENT.alterations(recipe, trained=False) == [
+        f"img_size {PUBLISHED[recipe.dataset].get('img_size', 448)} -> 224"
+    ]
+
+
+@pytest.fixture(scope="module")
+def inside_ffvt(demo_output: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of ffvt/ beside common/, to be in when a printed command is run: what it writes stays out of this tree."""
+    folder = tmp_path_factory.mktemp("tree")
+    shutil.copytree(ROOT / "ffvt", folder / "ffvt", ignore=shutil.ignore_patterns("[!_m-t]*", "__pycache__"))
+    (folder / "ffvt" / "data.py").write_bytes((ROOT / "ffvt" / "data.py").read_bytes())
+    (folder / "common").symlink_to(ROOT / "common")
+    (folder / "ffvt" / "runs").mkdir()
+    (folder / "ffvt" / "runs" / "demo-data").symlink_to(demo_output / "demo-data")
+    return folder / "ffvt"
+
+
+def launch(words: list[str], cwd: Path) -> Outcome:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words[1:]]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("which", COMMANDS)
+def test_the_printed_commands_on_two_processes(which: str, inside_ffvt: Path) -> None:
+    """Verbatim, shortened by --num_steps and on demo data; its checkpoint has the same metrics on one process."""
+    words = [*words_of(COMMANDS[which], which, 2), "--num_steps", "3", "--demo", "--limit", "71"]
+    outcome = launch(words, inside_ffvt)
+    assert outcome.status == 0, outcome.err
+    record = json.loads((inside_ffvt / outcome.folder / "record.json").read_text())
+    assert (record["processes"], record["precision"], record["amp_backend"]) == (2, "fp16", "native")
+    assert record["recipe"]["img_size"] == (384 if which in ("cotton", "soyloc") else 448)
+    assert record["results"]["last"]["step"] == 3
+    assert ("for Stanford Dogs say --dataset dog" in outcome.out) == (which == "dog")
+    checkpoint = inside_ffvt / "output" / f"{which}_checkpoint.bin"
+    assert len(list((inside_ffvt / "logs" / which).glob("events*"))) == 1
+    alone = launch(["python3", *words[words.index("train.py") :], "--eval", str(checkpoint)], inside_ffvt)
+    assert alone.status == 0, alone.err
+    (line,) = [line for line in alone.out.splitlines() if line.startswith("record: ")]
+    evaluated = json.loads((inside_ffvt / line.removeprefix("record: ")).read_text())
+    found, expected = evaluated["results"]["checkpoint"]["test"], record["results"]["best"]["test"]
+    assert (found["correct"], found["total"]) == (expected["correct"], 71)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)  # fp16 sums in another order
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_data_set_trains_evaluates_and_records(dataset: str, demo_output: Path, home: Path) -> None:
+    outcome = train(demo_output, "--dataset", dataset, "--feature_fusion", *SMALL)
+    assert outcome.status == 0, outcome.err
+    record = outcome.record
+    assert record["script"] == "ffvt/train.py"
+    assert record["row"] == (f"ffvt_{dataset.lower()}" if dataset in PUBLISHED else None)
+    assert record["excluded"] == ["demo"]
+    assert record["selection"]["kind"] == "test-selected"
+    assert record["results"]["last"]["test"]["total"] == 71
+
+
+def test_the_demo_learns(demo_output: Path, home: Path) -> None:
+    outcome = train(demo_output, "--dataset", "CUB", "--feature_fusion", "--demo", "--workers", "1")
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["results"]["best"]["test"]["top1"] >= 0.9
+
+
+def test_the_released_programs_files(whole: tuple[Outcome, Path]) -> None:
+    """A bare state_dict under the authors' names, equal to our own best weights, and the three published curves."""
+    outcome, folder = whole
+    released = torch.load(folder / "output" / "t_checkpoint.bin", weights_only=True)
+    assert next(iter(released)) == "transformer.embeddings.position_embeddings"
+    assert list(released)[-4:] == [
+        *("transformer.encoder.ff_encoder_norm.weight", "transformer.encoder.ff_encoder_norm.bias"),
+        *("head.weight", "head.bias"),
+    ]
+    best = load_file(outcome.folder / "best.safetensors")
+    query = released["transformer.encoder.layer.1.attn.query.weight"]
+    assert torch.equal(query, best["base_model.blocks.1.attn.qkv.weight"][: len(query)])
+    assert torch.equal(released["head.weight"], best["base_model.head.weight"])
+
+    curves = EventAccumulator(str(folder / "logs" / "t"))
+    curves.Reload()
+    assert sorted(curves.Tags()["scalars"]) == ["test/accuracy", "train/loss", "train/lr"]
+    accuracies = {event.step: event.value for event in curves.Scalars("test/accuracy")}
+    lines = [json.loads(line) for line in (outcome.folder / "log.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["top1"] for line in lines if line["kind"] == "val"}
+    assert list(accuracies) == [3, 6]
+    assert accuracies == pytest.approx(logged)
+    rates = {event.step: event.value for event in curves.Scalars("train/lr")}
+    assert rates[6] == pytest.approx(0.1 * 5 / 100)  # the rate that update number 5, from 0, has used
+
+
+def test_an_earlier_checkpoint_is_kept(demo_output: Path, home: Path) -> None:
+    (home / "output").mkdir()
+    for number in (1, 2):
+        (home / "output" / "t_checkpoint.bin").write_text(f"theirs {number}")
+        outcome = train(demo_output, "--dataset", "cotton", *SMALL)
+        assert outcome.status == 0, outcome.err
+        assert f"t_checkpoint.{number}.bin" in outcome.out
+        assert (home / "output" / f"t_checkpoint.{number}.bin").read_text() == f"theirs {number}"
+        assert torch.load(home / "output" / "t_checkpoint.bin", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", ["run folder", "safetensors", "released"])
+def test_evaluation(kind: str, whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    outcome, folder = whole
+    paths = {"run folder": outcome.folder, "safetensors": home / "w.safetensors", "released": home / "theirs.bin"}
+    shutil.copy(outcome.folder / "best.safetensors", home / "w.safetensors")
+    shutil.copy(folder / "output" / "t_checkpoint.bin", home / "theirs.bin")
+    words = ("--dataset", "CUB", "--feature_fusion", "--demo", "--limit", "71", "--eval", paths[kind])
+    evaluated = train(demo_output, *words)
+    assert evaluated.status == 0, evaluated.err
+    assert evaluated.record["results"]["checkpoint"]["test"] == outcome.record["results"]["best"]["test"]
+    assert evaluated.record["status"] == "evaluated"
+
+
+def test_evaluation_of_a_checkpoint_that_does_not_fit(
+    whole: tuple[Outcome, Path], demo_output: Path, home: Path
+) -> None:
+    file = whole[1] / "output" / "t_checkpoint.bin"
+    words = ("--demo", "--limit", "71", "--eval", file)
+    assert "add --feature_fusion" in one_line(train(demo_output, "--dataset", "CUB", *words))
+    larger = train(
+        demo_output, "--dataset", "CUB", "--feature_fusion", "--img_size", "20", "--resize_size", "20", *words
+    )
+    assert re.search(r"another image size.* 17 .* 26", one_line(larger))
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)}, home / "seven.bin")
+    seven = train(demo_output, "--dataset", "CUB", "--feature_fusion", *words[:-1], home / "seven.bin")
+    assert re.search(r"7 classes.* 10", one_line(seven))
+    file.rename(home / "away.bin")
+    assert "does not exist" in one_line(train(demo_output, "--dataset", "CUB", "--feature_fusion", *words))
+    (home / "away.bin").rename(file)
+
+
+def test_predictions(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    outcome, folder = whole
+    image = sorted((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))[0]
+    ours = train(demo_output, "--predict", image, "--checkpoint", outcome.folder)
+    assert ours.status == 0, ours.err
+    released = (
+        "--checkpoint",
+        folder / "output" / "t_checkpoint.bin",
+        "--dataset",
+        "CUB",
+        "--feature_fusion",
+        "--demo",
+    )
+    theirs = train(demo_output, "--predict", image, *released)
+    assert theirs.out.splitlines()[-1] == ours.out.splitlines()[-1]
+    assert "zero" in ours.out
+    words = ["python", "-m", "common.predict", "--run", str(outcome.folder), "--images", str(image)]
+    alone = launch(words, ROOT)
+    assert alone.status == 0, alone.err
+    assert alone.out.splitlines()[-1] == ours.out.splitlines()[-1]
+
+
+def test_killed_and_resumed(demo_output: Path, tmp_path: Path) -> None:
+    """With dropout, weights and metrics are those of a run that was left alone, to the last bit."""
+    words = ["--name", "k", "--dataset", "soyloc", "--feature_fusion", *SMALL, "--num_steps", "8"]
+    words += ["--model_kwargs", "hidden_size=48", "mlp_dim=96", "num_heads=3", "num_layers=3", "patch_size=4"]
+    words += ["--log_every", "1", "--save_every", "2"]
+    folders = []
+    for name in ("left alone", "killed"):
+        home = tmp_path / name
+        (home / "runs").mkdir(parents=True)
+        (home / "runs" / "demo-data").symlink_to(demo_output / "demo-data")
+        command = [sys.executable, str(ROOT / "ffvt" / "train.py"), *words]
+        process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if name == "killed":
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline and process.poll() is None:
+                if any('"step": 5' in log.read_text() for log in home.glob("runs/*/*/log.jsonl")):
+                    break
+                time.sleep(0.005)
+            process.kill()
+            process.communicate(timeout=30)
+            process = subprocess.Popen(
+                [*command[:2], "--name=k", "--demo", "--resume"], cwd=home, stderr=subprocess.PIPE, text=True
+            )
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        folders.append(next(home.glob("runs/ffvt-k/*/")))
+    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in folders)
+    assert all(torch.equal(other["model"][name], value) for name, value in one["model"].items())
+    assert one["history"] == other["history"]
+    files = [folder.parents[2] / "output" / "k_checkpoint.bin" for folder in folders]
+    states = [torch.load(file, weights_only=True) for file in files]
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+    assert not list(files[1].parent.glob("k_checkpoint.*.bin"))  # the resumed run's own file is not "an earlier one"
+
+
+def test_another_number_of_processes_would_be_another_batch(
+    whole: tuple[Outcome, Path], demo_output: Path, home: Path
+) -> None:
+    folder = demo_output / "ffvt-t" / "20000101-000000-cccccc"
+    shutil.copytree(whole[0].folder, folder)
+    (folder / "record.json").unlink()
+    state = torch.load(folder / "last.pt", weights_only=True)
+    torch.save(state | {"batch_size": 64, "processes": 4}, folder / "last.pt")
+    outcome = train(demo_output, "--demo", "--workers", "0", "--resume", folder)
+    assert "4 processes with a batch of 64 in all: resume with as many, not with 1" in one_line(outcome)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_released_order_is_that_of_the_released_sampler(processes: int) -> None:
+    """The same permutation each epoch; every step takes from it what the processes of the released program took."""
+    count, share = 41, 4
+    order = EXPERIMENT.order(Recipe("t", released=True), count, seed=42)
+    samplers = [DistributedSampler(range(count), processes, rank) for rank in range(processes)]
+    shares = [list(sampler) for sampler in samplers]
+    batch = share * processes
+    for step in range(count // batch):
+        theirs = {sample for own in shares for sample in own[step * share : (step + 1) * share]}
+        assert set(order(0)[step * batch : (step + 1) * batch]) == theirs
+    assert list(order(0)) == list(order(5))
+    described = EXPERIMENT.order(Recipe("t"), count, seed=42)
+    assert list(described(0)) != list(described(1))
+    assert sorted(described(1)) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--img_size", "17", "--resize_size", "17", "--model_kwargs", "patch_size=4"), "--img_size 17: .* multiple"),
+        (("--resize_size", "8"), "--resize_size 8: expected at least --img_size 16"),
+        (("--num_token", "17"), "--num_token 17: expected 1 to 16"),
+        (("--num_token", "0"), "--num_token 0"),
+        (("--loss_scale", "3"), "--loss_scale 3: expected 0 .* power of 2"),
+        (("--loss_scale", "-2"), "--loss_scale -2"),
+        (("--fp16", "--fp16_opt_level", "O3"), "O3, fp16 throughout, exists in apex alone"),
+        (("--fp16", "--precision", "bf16"), "--fp16 and --precision bf16 exclude each other"),
+        (("--fp16", "--amp_backend", "apex", "--device", "cpu"), "apex works with .* CUDA"),
+        (("--gradient_accumulation_steps", "3"), "--train_batch_size.*--gradient_accumulation_steps"),
+        (("--name", "../t"), r"--name \.\./t"),
+        (("--name", ""), "--name "),
+        (("--model_kwargs", "width=3"), "width"),
+        (("--learning_rate", "0"), "--learning_rate 0"),
+    ],
+)
+def test_bad_values(words: tuple[str, ...], sentence: str, demo_output: Path, home: Path) -> None:
+    outcome = train(demo_output, "--dataset", "CUB", "--feature_fusion", *SMALL, *words)
+    assert re.search(sentence, one_line(outcome)), outcome.err
+
+
+def test_starting_weights_that_are_not_there_or_not_whole(demo_output: Path, home: Path) -> None:
+    words = ("--dataset", "CUB", "--data_root", demo_output / "demo-data", "--workers", "0", "--no_download")
+    missing = one_line(train(demo_output, *words))
+    assert "checkpoint/ViT-B_16.npz does not exist" in missing
+    assert "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz and put it there" in missing
+    hybrid = one_line(train(demo_output, *words, "--pretrained_dir", "w/R50-ViT-B_16.npz"))
+    assert "imagenet21k/R50+ViT-B_16.npz" in hybrid
+    (home / "cut.npz").write_bytes(b"PK\x03\x04 and nothing more")
+    cut = one_line(train(demo_output, *words, "--pretrained_dir", "cut.npz"))
+    assert "cut.npz is damaged or not an .npz file" in cut
+    other = one_line(train(demo_output, *words, "--pretrained_dir", "w.bin"))
+    assert "--pretrained_dir w.bin" in other
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
+def test_opt_levels(level: str) -> None:
+    recipe = Recipe("t", fp16=True, fp16_opt_level=level)  # type: ignore[arg-type]
+    from common.experiment import Options
+
+    options = EXPERIMENT.options(recipe, Options())
+    assert options.precision == ("fp32" if level == "O0" else "fp16")
+    assert (options.accumulate, options.eval_batch_size) == (1, 16)
+    scaler = EXPERIMENT.precision(recipe, options, torch.device("cpu")).scaler
+    assert scaler.is_enabled() == (level != "O0")
+    if level != "O0":
+        assert scaler.get_scale() == 2.0**20
+
+
+def test_the_released_side_is_recorded(demo_output: Path, home: Path) -> None:
+    outcome = train(demo_output, "--dataset", "dog", "--feature_fusion", "--released", *SMALL)
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["side"] == "released"
+
+
+def test_a_row_of_the_paper_stands_beside_a_run(whole: tuple[Outcome, Path]) -> None:
+    assert "ffvt_cub (FFVT, described): published 91.6 (T)" in whole[0].out
+    with pytest.raises(UserError, match="--name"):
+        EXPERIMENT.folder(Recipe("a/b"))
