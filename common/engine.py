@@ -9,6 +9,7 @@ generator state has to be saved.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -215,7 +216,10 @@ class Trainer:
             if epoch_done:
                 self.scheduler.step(self.step // self.plan.steps_per_epoch)
         elif self.schedule_per == "step" or epoch_done:
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # Of a first update that loss scaling has skipped, torch believes that it comes later.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                self.scheduler.step()
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

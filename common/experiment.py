@@ -110,7 +110,7 @@ class Experiment:
         """
         return self.demo
 
-    def options(self, recipe: Any, options: Options) -> Options:
+    def options(self, recipe: Any, options: Options, device: torch.device) -> Options:
         """The options with what the recipe says of them. `names` are left out of the command line's own."""
         return options
 
@@ -129,7 +129,7 @@ class Experiment:
         """How the recipe differs from the published one (`trained`: in training too): such runs never count."""
         return alterations(recipe)
 
-    def advice(self, recipe: Any, demo: bool) -> list[str]:
+    def advice(self, recipe: Any, options: Options, device: torch.device) -> list[str]:
         """Sentences to be said before training."""
         return []
 

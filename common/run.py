@@ -96,7 +96,7 @@ def start(experiment: Experiment, argv: list[str] | None = None) -> None:
 
 
 def _memory_advice(experiment: Experiment, recipe: Any, options: Options) -> str:
-    options = experiment.options(recipe, options)
+    options = experiment.options(recipe, options, torch.device("cuda"))
     share = recipe.batch_size // dist.size()
     more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
     return (
@@ -168,11 +168,13 @@ def _train(
     if options.resume:
         folder, info = _resumable(experiment, recipe, options)
         check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo)
-        options = _kept(options, chosen, info, folder)
+        _check_kept(chosen, info, folder)
         moved = {"data_root": recipe.data_root} if "data_root" in overrides else {}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
-    options = experiment.options(recipe, options)
+    options = experiment.options(recipe, options, device)
+    if folder is not None:
+        options = dataclasses.replace(options, **info["options"])
     precision = experiment.precision(recipe, options, device)
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
@@ -221,7 +223,7 @@ def _train(
 
 def _say_plan(session: Session, trainer: Trainer) -> None:
     data, plan, options = session.data, trainer.plan, session.options
-    for sentence in session.experiment.advice(session.recipe, options.demo):
+    for sentence in session.experiment.advice(session.recipe, options, session.device):
         say(sentence)
     rate = trainer.optimizer.param_groups[0].get("initial_lr", trainer.rate)  # a warm-up begins lower
     say(
@@ -237,14 +239,13 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
     say(f"run folder: {session.folder}")
 
 
-def _kept(options: Options, chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> Options:
-    """`options` with those that the run was started with; one that was now `chosen` otherwise is a UserError."""
+def _check_kept(chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> None:
+    """A UserError for an option of KEPT that was now `chosen` otherwise than when the run was started."""
     for name in KEPT:
         then = info["options"][name]
         if chosen.get(name, then) != then:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{folder} was started with {flag} {then}: resume it without {flag} {chosen[name]}")
-    return dataclasses.replace(options, **info["options"])
 
 
 def _new_folder(experiment: Experiment, recipe: Any, options: Options) -> Path:
@@ -313,7 +314,7 @@ def _evaluate(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
 ) -> None:
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
-    options = experiment.options(recipe, options)
+    options = experiment.options(recipe, options, device)
     precision = experiment.precision(recipe, options, device)
     data = read_data(experiment, recipe, options)
     model, _ = make_model(experiment, recipe, len(data.classes), load=False)

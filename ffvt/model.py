@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import npz
 from common.errors import UserError
+from common.models.released import check_shapes
 from common.models.vit import embed, run_block, select_tokens
 from ffvt.released import from_released, to_released
 
@@ -175,10 +176,7 @@ class FFVT(nn.Module):
         Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
         """
         converted = from_released(state_dict, self.state_dict(), self.feature_fusion)
-        for key, own in self.released_state_dict().items():
-            if state_dict[key].shape != own.shape:
-                found, needed = tuple(state_dict[key].shape), tuple(own.shape)
-                raise UserError(f"the checkpoint has {key} of shape {found}, this model needs {needed}")
+        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
         self.load_state_dict(converted)
 
     def released_state_dict(self) -> dict[str, Tensor]:

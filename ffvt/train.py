@@ -62,7 +62,7 @@ class Recipe:
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
     seed: int = 42  # of order, augmentation, dropout and new layers
     gradient_accumulation_steps: int = 1  # parts that each process's batch is cut into; the batch stays
-    fp16: bool = False  # mixed precision, as --precision fp16
+    fp16: bool = False  # mixed precision on a GPU, as --precision fp16; a CPU computes in fp32
     fp16_opt_level: Literal["O0", "O1", "O2", "O3"] = "O2"  # O0: fp32; O1, O2: the same without apex; O3: apex only
     feature_fusion: bool = False  # FFVT; without it a plain ViT
     loss_scale: float = 0.0  # of fp16. 0: dynamic; a positive power of 2: static
@@ -212,9 +212,9 @@ class FFVTExperiment(Experiment):
         grid = max(side for side in range(1, 8) if img_size % side == 0)
         return self.demo | {"model_kwargs": self.demo["model_kwargs"] | {"patch_size": img_size // grid}}
 
-    def options(self, recipe: Recipe, options: Options) -> Options:
+    def options(self, recipe: Recipe, options: Options, device: torch.device) -> Options:
         accumulate, precision = recipe.gradient_accumulation_steps, options.precision
-        if recipe.fp16 and recipe.fp16_opt_level != "O0":
+        if recipe.fp16 and recipe.fp16_opt_level != "O0" and device.type != "cpu":
             if precision == "bf16":
                 raise UserError("--fp16 and --precision bf16 exclude each other")
             precision = "fp16"
@@ -252,8 +252,12 @@ class FFVTExperiment(Experiment):
             changes.append(f"pretrained_dir {recipe.model_type}.npz -> {file}")
         return changes
 
-    def advice(self, recipe: Recipe, demo: bool) -> list[str]:
+    def advice(self, recipe: Recipe, options: Options, device: torch.device) -> list[str]:
         sentences = []
+        if recipe.fp16 and options.precision == "fp32" and device.type == "cpu":
+            sentences.append(
+                "note: --fp16 is for a GPU; a CPU, which would take many times longer in fp16, computes in fp32"
+            )
         dogs = PUBLISHED["dog"]
         if recipe.dataset == "CUB" and all(getattr(recipe, name) == dogs[name] for name in ("num_token", "decay_type")):
             sentences.append(
@@ -261,7 +265,7 @@ class FFVTExperiment(Experiment):
                 "run trains on CUB; for Stanford Dogs say --dataset dog"
             )
         batch = PUBLISHED.get(recipe.dataset, {}).get("batch_size", recipe.batch_size)
-        if recipe.batch_size != batch and not demo:
+        if recipe.batch_size != batch and not options.demo:
             sentences.append(
                 f"note: the published batch is {batch} images over all processes, this run's is {recipe.batch_size}: "
                 f"--train_batch_size {batch / dist.size():g} on {dist.size()} would be the same, with "

@@ -20,9 +20,11 @@ from torch.utils.data import DistributedSampler
 
 from common import dist
 from common.errors import UserError
+from common.experiment import Options
 from ffvt.data import DATASETS
 from ffvt.train import EXPERIMENT, PUBLISHED, Recipe
 
+GPU = torch.device("cuda")
 # As printed in the README of FFVT, less "$ ".
 COMMANDS = {
     "cotton": "python3 -m torch.distributed.launch --nproc_per_node 4 train.py --name {name} --dataset cotton --model_type ViT-B_16 --pretrained_dir {pretrained_model_dir} --img_size 384 --resize_size 500 --train_batch_size 8 --learning_rate 0.02 --num_steps 2000 --fp16 --eval_every 16 --feature_fusion",  # noqa: E501
@@ -134,14 +136,14 @@ def test_the_printed_commands_are_the_published_recipes(which: str, monkeypatch:
     monkeypatch.setattr(dist, "size", lambda: 4)
     assert EXPERIMENT.row(recipe) == ("ffvt_cub" if which == "dog" else f"ffvt_{which.lower()}")
     if which == "dog":
-        assert "--dataset dog" in EXPERIMENT.advice(recipe, demo=True)[0]
+        assert "--dataset dog" in EXPERIMENT.advice(recipe, Options(demo=True), GPU)[0]
         assert "learning_rate 0.02 -> 0.003" in EXPERIMENT.alterations(recipe, trained=True)
         recipe.dataset = "dog"
     assert EXPERIMENT.alterations(recipe, trained=True) == []
-    assert EXPERIMENT.advice(recipe, demo=False) == []
+    assert EXPERIMENT.advice(recipe, Options(), GPU) == []
     monkeypatch.setattr(dist, "size", lambda: 1)
     batch = PUBLISHED[recipe.dataset]["batch_size"]
-    assert f"--train_batch_size {batch} on 1" in EXPERIMENT.advice(recipe, demo=False)[0]
+    assert f"--train_batch_size {batch} on 1" in EXPERIMENT.advice(recipe, Options(), GPU)[0]
     assert EXPERIMENT.alterations(recipe, trained=True) == [f"batch_size {batch} -> {batch // 4}"]
     recipe.train_batch_size, recipe.pretrained_dir = batch, "B_16-augreg.npz"
     assert EXPERIMENT.alterations(recipe, trained=True) == ["pretrained_dir ViT-B_16.npz -> B_16-augreg.npz"]
@@ -181,7 +183,8 @@ def test_the_printed_commands_on_two_processes(which: str, inside_ffvt: Path) ->
     outcome = launch(words, inside_ffvt)
     assert outcome.status == 0, outcome.err
     record = json.loads((inside_ffvt / outcome.folder / "record.json").read_text())
-    assert (record["processes"], record["precision"], record["amp_backend"]) == (2, "fp16", "native")
+    assert (record["processes"], record["precision"], record["amp_backend"]) == (2, "fp32", "native")
+    assert "--fp16 is for a GPU" in outcome.out
     assert record["recipe"]["img_size"] == (384 if which in ("cotton", "soyloc") else 448)
     assert record["results"]["last"]["step"] == 3
     assert ("for Stanford Dogs say --dataset dog" in outcome.out) == (which == "dog")
@@ -193,7 +196,7 @@ def test_the_printed_commands_on_two_processes(which: str, inside_ffvt: Path) ->
     evaluated = json.loads((inside_ffvt / line.removeprefix("record: ")).read_text())
     found, expected = evaluated["results"]["checkpoint"]["test"], record["results"]["best"]["test"]
     assert (found["correct"], found["total"]) == (expected["correct"], 71)
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)  # fp16 sums in another order
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -379,8 +382,7 @@ def test_released_order_is_that_of_the_released_sampler(processes: int) -> None:
         (("--num_token", "0"), "--num_token 0"),
         (("--loss_scale", "3"), "--loss_scale 3: expected 0 .* power of 2"),
         (("--loss_scale", "-2"), "--loss_scale -2"),
-        (("--fp16", "--fp16_opt_level", "O3"), "O3, fp16 throughout, exists in apex alone"),
-        (("--fp16", "--precision", "bf16"), "--fp16 and --precision bf16 exclude each other"),
+        (("--precision", "fp16", "--fp16_opt_level", "O3"), "O3, fp16 throughout, exists in apex alone"),
         (("--fp16", "--amp_backend", "apex", "--device", "cpu"), "apex works with .* CUDA"),
         (("--gradient_accumulation_steps", "3"), "--train_batch_size.*--gradient_accumulation_steps"),
         (("--name", "../t"), r"--name \.\./t"),
@@ -408,12 +410,30 @@ def test_starting_weights_that_are_not_there_or_not_whole(demo_output: Path, hom
     assert "--pretrained_dir w.bin" in other
 
 
+def test_fp16_and_another_precision_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="--fp16 and --precision bf16"):
+        EXPERIMENT.options(Recipe("t", fp16=True), Options(precision="bf16"), GPU)
+
+
+@pytest.mark.parametrize("scale", ["0", "1024"])
+def test_half_precision_on_a_cpu_where_it_is_asked_for(scale: str, demo_output: Path, home: Path) -> None:
+    words = ("--dataset", "CUB", "--feature_fusion", *SMALL, "--precision", "fp16", "--loss_scale", scale)
+    outcome = train(demo_output, *words)
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["precision"] == "fp16"
+    state = torch.load(outcome.folder / "last.pt", weights_only=True)
+    # Dynamic: halved by each update that overflows, from 2^20 on; static: never touched.
+    expected = 1024.0 if scale != "0" else 2.0 ** (20 - outcome.record["skipped_updates"])
+    assert state["precision"]["scale"] == expected
+    assert not outcome.err
+    assert outcome.record["results"]["last"]["test"]["loss"] < 2.4
+
+
 @pytest.mark.parametrize("level", ["O0", "O1", "O2"])
 def test_opt_levels(level: str) -> None:
     recipe = Recipe("t", fp16=True, fp16_opt_level=level)  # type: ignore[arg-type]
-    from common.experiment import Options
-
-    options = EXPERIMENT.options(recipe, Options())
+    assert EXPERIMENT.options(recipe, Options(), torch.device("cpu")).precision == "fp32"
+    options = EXPERIMENT.options(recipe, Options(), GPU)
     assert options.precision == ("fp32" if level == "O0" else "fp16")
     assert (options.accumulate, options.eval_batch_size) == (1, 16)
     scaler = EXPERIMENT.precision(recipe, options, torch.device("cpu")).scaler
