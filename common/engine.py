@@ -154,9 +154,10 @@ class Trainer:
         loss, correct, samples = (float(total) for total in np.sum(dist.gather(self.window), axis=0))
         self.window = [0.0, 0.0, 0.0]
         if int(self.bad[2]) >= PATIENCE:
+            cause = "static loss scale" if self.precision.loss_scale else "learning rate"
             raise UserError(
                 f"{int(self.bad[2])} updates in a row were skipped because loss or gradients were not finite "
-                f"(step {self.step}): lower --lr, or use --precision fp32"
+                f"(step {self.step}): lower the {cause}, or train in fp32"
             )
         return {"loss": loss, "correct": correct, "samples": samples}
 

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from common.data.loader import Order, shuffled
 from common.engine import Objective, cross_entropy
 from common.errors import UserError
 from common.log import Listener
+from common.npz import missing_npz
 from common.provenance import alterations, has_batch_norm
 from common.recipe import OPTIONAL_VALUE
 from common.weights import explain_offline, load_weights, pretrained_report
@@ -31,7 +32,7 @@ NEWEST = "the newest"  # what --resume means without a folder
 class Options:
     """What every script understands beside its recipe."""
 
-    output: str = "runs"  # a run's files go to OUTPUT/<script>/<time>-<id>/
+    output: str = "runs"  # a run's files go to OUTPUT/<program>/<time>-<id>/
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of forward and backward
     amp_backend: Literal["native", "apex"] = "native"  # apex: where apex.amp is installed, for fp16
@@ -42,7 +43,7 @@ class Options:
     log_every: int = 50  # optimizer steps between two lines of log.jsonl
     save_every: int | None = None  # optimizer steps between two saves of last.pt, beside one at each evaluation
     resume: str | None = field(default=None, metadata={OPTIONAL_VALUE: NEWEST})  # go on with an interrupted run [DIR]
-    eval: str | None = None  # no training: evaluate a run's folder, our .safetensors or a released .pth
+    eval: str | None = None  # no training: evaluate a run's folder, our .safetensors or a released checkpoint
     predict: list[str] | None = None  # no training: name what is on these images (files, folders)
     checkpoint: str | None = None  # the model for --predict, as for --eval; none: the newest run's best
     top: int = 5  # guesses an image for --predict
@@ -74,6 +75,8 @@ class Experiment:
     separator: str = "-"  # between the words of a flag in --help and messages; both are understood
     # Recipe fields and options that this program calls otherwise: the name here -> its own.
     names: Mapping[str, str] = field(default_factory=dict)
+    has_pretrained: bool = True  # whether `build` can fetch weights itself, which the word "pretrained" asks for
+    places: tuple[str, ...] = ("data_root",)  # recipe fields that a resumed run may have otherwise
     may_be_zero: frozenset[str] = frozenset({"seed", "weight_decay"})  # numbers of the recipe that need not be positive
 
     @property
@@ -110,8 +113,11 @@ class Experiment:
         """
         return self.demo
 
-    def options(self, recipe: Any, options: Options, device: torch.device) -> Options:
-        """The options with what the recipe says of them. `names` are left out of the command line's own."""
+    def options(self, recipe: Any, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
+        """The options with what the recipe says of them; `chosen` were given on the command line.
+
+        Options in `names` have no flag of their own.
+        """
         return options
 
     def precision(self, recipe: Any, options: Options, device: torch.device) -> Precision:
@@ -132,6 +138,10 @@ class Experiment:
     def advice(self, recipe: Any, options: Options, device: torch.device) -> list[str]:
         """Sentences to be said before training."""
         return []
+
+    def without_data(self, recipe: Any, checkpoint: Path) -> tuple[list[str], Any] | None:
+        """Class names and test transform for predictions of a bare checkpoint whose data set is not at hand."""
+        return None
 
     def listener(self, recipe: Any, step: int) -> Listener:
         """What else follows the training that goes on from `step`; made on rank 0 alone."""
@@ -171,10 +181,13 @@ def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:
 def make_model(experiment: Experiment, recipe: Any, num_classes: int, load: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The model with its starting weights, or (`load` false) bare for a checkpoint to fill; and what was loaded."""
     source = recipe.weights if load else "none"
-    if source not in ("pretrained", "none") and not source.endswith(".npz") and not Path(source).is_file():
+    words = ("pretrained", "none") if experiment.has_pretrained else ("none",)
+    if source not in words and not Path(source).is_file():
+        if source.endswith(".npz"):
+            raise missing_npz(source, recipe.model)
         raise UserError(
-            f"{experiment.flag('weights')} {source}: expected pretrained, none, or an existing .npz, .safetensors or "
-            ".pth file"
+            f"{experiment.flag('weights')} {source}: expected {', '.join(words)}, or an existing .npz, .safetensors, "
+            ".pth or .bin file"
         )
     pretrained = source == "pretrained"
     # Rank 0 downloads first, the others find the file in the cache.

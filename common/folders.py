@@ -5,10 +5,13 @@ tables.
 """
 
 import json
+import os
+import platform
 import secrets
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.errors import UserError
 from common.predict import read_model_info
@@ -26,6 +29,43 @@ def new_folder(output: str, script: str) -> Path:
     return folder
 
 
+class Lock:
+    """A run's folder is written by one training at a time: `with Lock(folder)`. The lock goes with its process.
+
+    A POSIX record lock: data workers do not inherit it, and it holds on network file systems. Where the system has
+    none (Windows) nothing is locked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """UserError where another process trains in `folder`."""
+        self.file: TextIO | None = None
+        try:
+            import fcntl
+        except ImportError:
+            return
+        self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run is
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            owner = self.file.read().strip()
+            raise UserError(
+                f"{folder} is still being trained by {owner or 'another process'}: stop that first"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.file.flush()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
 def newest(output: str, script: str, having: str, lacking: str = "") -> Path:
     """The newest run of `script` whose folder has the file `having` and not the file `lacking`."""
     runs = sorted((Path(output) / script).glob("*/"), reverse=True)  # names begin with the time
@@ -33,16 +73,22 @@ def newest(output: str, script: str, having: str, lacking: str = "") -> Path:
         if (run / having).is_file() and not (lacking and (run / lacking).exists()):
             return run
     what = "interrupted run" if lacking else "finished or running training"
-    raise UserError(f"{Path(output) / script} holds no {what} of {script}: name its folder, or see --output")
+    done = " (all that are there are finished)" if lacking and runs else ""
+    raise UserError(f"{Path(output) / script} holds no {what} of {script}{done}: name its folder, or see --output")
 
 
 def check_same_experiment(
-    folder: Path, info: dict[str, Any], recipe: dict[str, Any], overrides: dict[str, Any], demo: bool
+    folder: Path,
+    info: dict[str, Any],
+    recipe: dict[str, Any],
+    overrides: dict[str, Any],
+    demo: bool,
+    places: Collection[str] = ("data_root",),
 ) -> None:
     """A run may be resumed only as what it was: UserError that names the recipe fields which differ.
 
     `recipe` is what the script and the command line ask for now, `overrides` what was given on the command line. Fields
-    given when the run was started need not be given again, and data may have moved.
+    given when the run was started need not be given again, and `places` may have changed.
     """
     if info["demo"] != demo:
         flag = "with" if info["demo"] else "without"
@@ -50,7 +96,7 @@ def check_same_experiment(
     wanted = recipe | {name: value for name, value in info["overrides"].items() if name not in overrides}
     wanted = json.loads(json.dumps(wanted))  # as `model.json` holds it: tuples are lists there
     stored = info["recipe"]
-    names = (wanted.keys() | stored.keys()) - {"data_root"}
+    names = (wanted.keys() | stored.keys()) - set(places)
     differing = [name for name in names if wanted.get(name) != stored.get(name)]
     if differing:
         changes = ", ".join(f"{name} {stored.get(name)} -> {wanted.get(name)}" for name in sorted(differing))

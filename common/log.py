@@ -22,13 +22,16 @@ T = TypeVar("T")
 
 
 class Listener:
-    """Follows a training run on rank 0, beside its own files: a program that writes more overrides what it needs."""
+    """Follows a training run on rank 0, beside its own files: a program that writes more overrides what it needs.
+
+    Where its files cannot be written it raises UserError.
+    """
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """`kind` is train or val; `values` are those of log.jsonl."""
 
     def best(self, model: nn.Module, first: bool) -> None:
-        """The model is the best so far; `first`: nothing has been handed to `best` in this run."""
+        """The model is the best so far; `first`: of this run nothing has been handed to `best` before."""
 
     def close(self) -> None:
         """The run ends or is stopped."""
@@ -68,9 +71,9 @@ class Log:
                 self.board.add_scalar(tag, value, step)
         except OSError as error:
             raise UserError(f"{self.path} or tensorboard/ beside it cannot be written ({error.strerror})") from error
+        self.listener.log(kind, step, values)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
-        self.listener.log(kind, step, values)
 
     def close(self) -> None:
         if self.active:

@@ -39,9 +39,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if not path.is_file():
-        name = path.stem.replace("R50-", "R50+")
-        source = f"fetch {NPZ_URL}/{name if name in NPZ_NAMES else '...'}.npz and put it there"
-        raise UserError(f"{path} does not exist: expected a Google ViT checkpoint, {source}")
+        raise missing_npz(path, path.stem)
     arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -58,6 +56,13 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     except Exception as error:
         raise UserError(f"{path} is damaged or not an .npz file ({error}): download it again") from error
     return arrays
+
+
+def missing_npz(path: str | Path, model_name: str) -> UserError:
+    """The error for a checkpoint that is not at `path`; it names the address of `model_name`, if Google has that."""
+    name = model_name.replace("R50-", "R50+")
+    address = f"{NPZ_URL}/{name if name in NPZ_NAMES else '...'}.npz"
+    return UserError(f"{path} does not exist: expected a Google ViT checkpoint, fetch {address} and put it there")
 
 
 def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:

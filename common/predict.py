@@ -41,7 +41,8 @@ MODEL_INFO = (
     "classes",
     "preprocessing",
 )
-LIBRARIES = ("common.models", "ffvt.model")  # modules of models that model.json may name
+# Our own models that model.json may name, by module.
+MODELS = {"common.models": ("GFT", "TransFG"), "ffvt.model": ("FFVT",)}
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -78,8 +79,8 @@ def restore_transform(steps: list[dict[str, Any]]) -> T.Compose:
 
 
 def describe_model(model: nn.Module, num_classes: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The class and arguments that build `model` again: one of LIBRARIES, which keeps its own, or a timm model."""
-    library = next((name for name in LIBRARIES if type(model).__module__.startswith(name)), None)
+    """The class and arguments that build `model` again: one of MODELS, which keeps its own, or a timm model."""
+    library = next((name for name in MODELS if type(model).__module__.startswith(name)), None)
     if library is not None:
         config: Any = model.config
         return {"library": library, "name": type(model).__name__, "arguments": dict(config)}
@@ -99,9 +100,12 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
         if not timm.is_model(name):  # nor a "hf-hub:..." that timm would fetch
             raise ValueError(f"timm has no model {name!r}")
         return timm.create_model(name, pretrained=False, **arguments)
-    if description["library"] not in LIBRARIES:
-        raise ValueError(f"the library {description['library']!r} is none of this repository")
-    model: nn.Module = getattr(importlib.import_module(description["library"]), name)(**arguments)
+    library = description["library"]
+    if name not in MODELS.get(library, ()):
+        raise ValueError(f"{library}.{name} is no model of this repository")
+    if arguments.get("pretrained") or not timm.is_model(arguments.get("backbone", "vit_base_patch16_224")):
+        raise ValueError("its weights would have to be downloaded")
+    model: nn.Module = getattr(importlib.import_module(library), name)(**arguments)
     return model
 
 
@@ -110,10 +114,8 @@ def read_model_info(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "model.json"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist: expected the folder of a run, such as runs/gft_food101/<time>-<id>"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} does not exist: expected the folder of a run, runs/<program>/<time>-<id>") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable model description ({error})") from error
     missing = [name for name in MODEL_INFO if not isinstance(info, dict) or name not in info]

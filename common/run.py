@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from torch.optim import Optimizer
 
 from common import dist
 from common.data import Data
-from common.data.loader import seed_everything
+from common.data.loader import Plan, seed_everything
 from common.engine import Objective, Trainer, cross_entropy
 from common.errors import UserError
 from common.experiment import NEWEST, Experiment, Options, checkpoint_gradients, make_model, read_data
 from common.files import write_text
-from common.folders import check_same_experiment, new_folder, newest, open_run
+from common.folders import Lock, check_same_experiment, new_folder, newest, open_run
 from common.log import say
 from common.metrics import write_tables
 from common.predict import (
@@ -81,9 +82,6 @@ def start(experiment: Experiment, argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"{title}: error: {error}", file=sys.stderr, flush=True)
         _leave(1)
-    except torch.OutOfMemoryError:
-        print(f"{title}: error: {_memory_advice(experiment, recipe, options)}", file=sys.stderr)
-        _leave(1)
     except KeyboardInterrupt:
         print(f"{title}: interrupted; a training run goes on from its last save with --resume", file=sys.stderr)
         _leave(130)
@@ -95,16 +93,21 @@ def start(experiment: Experiment, argv: list[str] | None = None) -> None:
     dist.stop()
 
 
-def _memory_advice(experiment: Experiment, recipe: Any, options: Options) -> str:
-    options = experiment.options(recipe, options, torch.device("cuda"))
-    share = recipe.batch_size // dist.size()
-    more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
-    return (
-        f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
-        f"with {experiment.flag('accumulate')} {more} (the batch of {recipe.batch_size} stays; in evaluation "
-        f"{experiment.flag('eval_batch_size')}), use --precision bf16, or --grad-checkpointing; "
-        f"{experiment.flag('batch_size')} changes the experiment"
-    )
+@contextmanager
+def _explain_memory(experiment: Experiment, recipe: Any, options: Options) -> Iterator[None]:
+    """A GPU that is too small for the batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = recipe.batch_size // dist.size()
+        more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
+        half = "use --precision bf16, or " if options.precision == "fp32" else "or use "
+        raise UserError(
+            f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
+            f"with {experiment.flag('accumulate')} {more} (the batch of {recipe.batch_size} stays; in evaluation "
+            f"{experiment.flag('eval_batch_size')}), {half}{experiment.flag('grad_checkpointing')}; "
+            f"{experiment.flag('batch_size')} changes the experiment"
+        ) from error
 
 
 def _leave(status: int) -> None:
@@ -128,20 +131,20 @@ def _dispatch(
     dist.start(launch, device, options.dist_timeout)
     if options.demo:
         torch.set_num_threads(1)  # the demo's models are too small for more: threads would wait for each other
-        recipe = _demo_recipe(experiment, recipe, options, overrides)
+        recipe = _demo_recipe(experiment, options, overrides)
     _check_numbers(experiment, recipe, options)
     if options.predict:
         _predict(experiment, recipe, options, overrides, device)
     elif options.eval:
-        _evaluate(experiment, recipe, options, overrides, device)
+        _evaluate(experiment, recipe, options, overrides, chosen, device)
     else:
         _train(experiment, recipe, options, overrides, chosen, device)
 
 
-def _demo_recipe(experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]) -> Any:
+def _demo_recipe(experiment: Experiment, options: Options, overrides: dict[str, Any]) -> Any:
     weights = experiment.names.get("weights", "weights")
     changes: dict[str, Any] = {"data_root": str(Path(options.output) / "demo-data"), weights: "none"}
-    return dataclasses.replace(recipe, **(changes | experiment.demo_changes(overrides) | overrides))
+    return experiment.recipe_class(**(changes | experiment.demo_changes(overrides) | overrides))
 
 
 def _check_numbers(experiment: Experiment, recipe: Any, options: Options) -> None:
@@ -167,12 +170,14 @@ def _train(
     seed, folder = recipe.seed, None
     if options.resume:
         folder, info = _resumable(experiment, recipe, options)
-        check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo)
+        if options.demo:  # what a demo changes may depend on what it was started with
+            recipe = _demo_recipe(experiment, options, info["overrides"] | overrides)
+        check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo, experiment.places)
         _check_kept(chosen, info, folder)
-        moved = {"data_root": recipe.data_root} if "data_root" in overrides else {}
+        moved = {name: getattr(recipe, name) for name in experiment.places if name in overrides}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
-    options = experiment.options(recipe, options, device)
+    options = experiment.options(recipe, options, device, chosen)
     if folder is not None:
         options = dataclasses.replace(options, **info["options"])
     precision = experiment.precision(recipe, options, device)
@@ -192,7 +197,6 @@ def _train(
         checkpoint_gradients(model)
     if dist.size() > 1 and device.type == "cuda":  # else every process would normalise by its own share of the batch
         model = convert_sync_batchnorm(model)
-    model.to(device)
     resume = folder is not None
     if folder is None:
         folder = _new_folder(experiment, recipe, options)
@@ -201,24 +205,30 @@ def _train(
     session = Session(experiment, folder, recipe, options, overrides, seed, data, weights, device, precision)
     if dist.is_main() and not resume:
         write_text(folder / "model.json", json.dumps(_model_info(session, model), indent=1))
+    with Lock(folder) if dist.is_main() else nullcontext(), _explain_memory(experiment, recipe, options):
+        trainer = _trainer(session, model.to(device), plan)
+        _say_plan(session, trainer)
+        Training(session, trainer, resume, getattr(recipe, "evaluate_every", None)).run()
+
+
+def _trainer(session: Session, model: nn.Module, plan: Plan) -> Trainer:
+    experiment, recipe = session.experiment, session.recipe
     optimizer, scheduler = experiment.optimize(recipe, [p for p in model.parameters() if p.requires_grad])
-    trainer = Trainer(
+    return Trainer(
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         precision=session.precision,
-        images=data.train,
+        images=session.data.train,
         plan=plan,
         steps=getattr(recipe, "steps", None) or recipe.epochs * plan.steps_per_epoch,
-        device=device,
+        device=session.device,
         loading=session.loading,
-        seed=seed,
+        seed=session.seed,
         objective=experiment.objective,
         clip_grad=experiment.max_norm(recipe),
         schedule_per=experiment.schedule_per,
     )
-    _say_plan(session, trainer)
-    Training(session, trainer, resume, getattr(recipe, "evaluate_every", None)).run()
 
 
 def _say_plan(session: Session, trainer: Trainer) -> None:
@@ -311,20 +321,27 @@ def _load(model: nn.Module, path: Path, recipe: Any) -> None:
 
 
 def _evaluate(
-    experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
+    experiment: Experiment,
+    recipe: Any,
+    options: Options,
+    overrides: dict[str, Any],
+    chosen: dict[str, Any],
+    device: torch.device,
 ) -> None:
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
-    options = experiment.options(recipe, options, device)
+    options = experiment.options(recipe, options, device, chosen)
+    if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
+        raise UserError(f"{experiment.flag('amp_backend')} apex is for training: evaluate without it")
     precision = experiment.precision(recipe, options, device)
     data = read_data(experiment, recipe, options)
     model, _ = make_model(experiment, recipe, len(data.classes), load=False)
     _load(model, path, recipe)
-    model.to(device)
     folder = _new_folder(experiment, recipe, options)
     weights = {"source": str(path), "sha256": sha256_of(path / "best.safetensors" if path.is_dir() else path)}
     session = Session(experiment, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
-    tested, predictions = session.measure(model, data.test)
-    validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
+    with _explain_memory(experiment, recipe, options):
+        tested, predictions = session.measure(model.to(device), data.test)
+        validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
     results = {"checkpoint": {"val": validated, "test": tested}}
     excluded = [] if info is None else ["evaluation of a run that has a record of its own"]
     record = session.record(model, "evaluated", excluded, results)
@@ -340,13 +357,27 @@ def _predict(
     paths = find_images(options.predict or [])
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
     if info is None:  # a bare file says neither class names nor preprocessing: the data set and the script do
-        data = read_data(experiment, recipe, options)
-        classes, transform = data.classes, data.test.transform
+        classes, transform = _classes_and_transform(experiment, recipe, options, path)
     else:
         classes, transform = info["classes"], restore_transform(info["preprocessing"])
     model, _ = make_model(experiment, recipe, len(classes), load=False)
     _load(model, path, recipe)
     say(f"model: {path}")
-    predictor = Predictor(model.to(device), transform, classes, device)
     if dist.is_main():
-        write_predictions(paths, predictor(paths, options.top), classes, options.out)
+        with _explain_memory(experiment, recipe, options):
+            ranked = Predictor(model.to(device), transform, classes, device)(paths, options.top)
+        write_predictions(paths, ranked, classes, options.out)
+
+
+def _classes_and_transform(
+    experiment: Experiment, recipe: Any, options: Options, checkpoint: Path
+) -> tuple[list[str], Any]:
+    try:
+        data = read_data(experiment, recipe, options)
+    except UserError as error:
+        found = experiment.without_data(recipe, checkpoint)
+        if found is None:
+            raise
+        say(f"note: classes are numbered from 1, because their names are in the data set ({error})")
+        return found
+    return data.classes, data.test.transform

@@ -291,11 +291,12 @@ class Training:
 
     def _save_best(self) -> None:
         if dist.is_main() and self.best is not None:
+            path = self.session.folder / "best.safetensors"
+            self.log.listener.best(self.model, first=not path.exists())
             val = self.best["val"]
             name, step = self.session.experiment.name, str(self.best["step"])
             note = {"script": name, "step": step, "val_top1": f"{val['top1']:.6f}"}
-            save_weights(self.session.folder / "best.safetensors", self.model.state_dict(), note)
-            self.log.listener.best(self.model, first=len(self.history) == 1)
+            save_weights(path, self.model.state_dict(), note)
 
     def _restore(self) -> None:
         folder = self.session.folder
@@ -307,7 +308,8 @@ class Training:
                     f"{path} was saved by {state['processes']} processes, each with a moving average of its own: "
                     f"resume with as many, not with {dist.size()}"
                 )
-            if state["batch_size"] != self.trainer.plan.batch_size:  # where a recipe counts images per process
+            batch_size = self.trainer.plan.batch_size
+            if state.get("batch_size", batch_size) != batch_size:  # where a recipe counts images per process
                 raise UserError(
                     f"{path} was saved by {state['processes']} processes with a batch of {state['batch_size']} in all: "
                     f"resume with as many, not with {dist.size()}"

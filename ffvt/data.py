@@ -21,7 +21,7 @@ DATASETS: dict[str, tuple[Any, str, str]] = {
     "CUB": (readers.cub, "train", "test"),
     "dog": (readers.dog, "train", "test"),
     "car": (readers.car, "train", "test"),
-    "air": (readers.air, "trainval", "test"),
+    "air": (readers.air, "train", "test"),
     "INat2017": (readers.inat2017, "train", "val"),
 }
 JITTERED = {"CUB", "dog", "air"}

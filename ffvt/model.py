@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import npz
 from common.errors import UserError
+from common.models.google_vit import build_google_vit
 from common.models.released import check_shapes
 from common.models.vit import embed, run_block, select_tokens
 from ffvt.released import from_released, to_released
@@ -36,6 +37,15 @@ class Config:
     patch_size: int = 16
     resnet_layers: tuple[int, ...] | None = None
     dropout: float = 0.1  # behind the position embedding and in the MLPs
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "mlp_dim", "num_heads", "num_layers", "patch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: expected 1 or more")
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"hidden_size {self.hidden_size} cannot be divided among num_heads {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout}: expected 0 or more, and less than 1")
 
 
 CONFIGS: Mapping[str, Config] = MappingProxyType(
@@ -77,7 +87,8 @@ class FFVT(nn.Module):
 
     All parameters are those of a timm ViT, `base_model`: with `feature_fusion` its last block and its norm are the
     paper's fusion layer, without it the model is a plain ViT. Picked tokens are in descending order of their score,
-    block after block; CLS can be among them. `smoothing_value` is the label smoothing of the loss.
+    block after block; CLS can be among them. `config` is a name of CONFIGS or the sizes themselves, `smoothing_value`
+    is the label smoothing of the loss.
 
     Raises UserError where `img_size` (pixels, or (height, width)) is no multiple of the patch size, and where there
     are fewer patches than `num_token`.
@@ -85,7 +96,7 @@ class FFVT(nn.Module):
 
     def __init__(
         self,
-        config: Config | Mapping[str, Any],
+        config: str | Config | Mapping[str, Any],
         img_size: int | tuple[int, int],
         num_classes: int,
         feature_fusion: bool = True,
@@ -93,11 +104,18 @@ class FFVT(nn.Module):
         smoothing_value: float = 0.0,
     ) -> None:
         super().__init__()
+        if isinstance(config, str) and config not in CONFIGS:
+            raise UserError(f"there is no model type {config!r}: choose one of {', '.join(CONFIGS)}")
+        config = CONFIGS[config] if isinstance(config, str) else config
         config = config if isinstance(config, Config) else Config(**config)
         self.feature_fusion, self.num_token, self.smoothing_value = feature_fusion, num_token, smoothing_value
         # The arguments that build it again, for model.json.
         self.config: dict[str, Any] = {"config": asdict(config), "img_size": img_size, "num_classes": num_classes}
         self.config |= {"feature_fusion": feature_fusion, "num_token": num_token, "smoothing_value": smoothing_value}
+        if num_classes < 1:
+            raise UserError(f"num_classes {num_classes}: expected 1 or more")
+        if not 0 <= smoothing_value <= 1:
+            raise UserError(f"--smoothing_value {smoothing_value}: expected 0 to 1")
         self.base_model = _build_vit(config, img_size, num_classes)
         num_patches = self.base_model.patch_embed.num_patches
         if feature_fusion and not 1 <= num_token <= num_patches:
@@ -110,8 +128,8 @@ class FFVT(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None, return_selection: bool = False) -> Any:
         """Return logits (B, C) of images (B, 3, height, width); (loss, logits) with `labels` (B,).
 
-        With `return_selection`, (logits, selection): the picked indices (B, K) of each block but the last, 0 being
-        CLS; empty without feature fusion.
+        With `return_selection` also, as the last, the picked indices (B, K) of each block but the last, 0 being CLS;
+        none without feature fusion.
         """
         vit = self.base_model
         tokens = embed(vit, images)  # (B, N, D)
@@ -128,9 +146,12 @@ class FFVT(nn.Module):
             tokens = torch.cat((tokens[:, :1], *fused), dim=1)  # (B, 1 + (L-1) K, D)
         tokens, _, _ = self._run(run_block, last, tokens, 1)  # only CLS is read: only it is computed
         logits = vit.head(vit.norm(tokens[:, 0]))  # (B, C)
+        output: tuple[Any, ...] = (logits,)
         if labels is not None:
-            return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing_value), logits
-        return (logits, tuple(selection)) if return_selection else logits
+            output = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing_value), logits
+        if return_selection:
+            output = *output, tuple(selection)
+        return output if len(output) > 1 else logits
 
     def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         if self.base_model.grad_checkpointing and torch.is_grad_enabled():
@@ -191,24 +212,7 @@ def _build_vit(config: Config, img_size: int | tuple[int, int], num_classes: int
     patches: dict[str, Any] = {"patch_size": config.patch_size}
     if config.resnet_layers is not None:
         patches = {"patch_size": 1, "embed_layer": partial(HybridEmbed, backbone=_build_resnet(config.resnet_layers))}
-    vit = VisionTransformer(
-        img_size=(height, width),
-        num_classes=num_classes,
-        embed_dim=config.hidden_size,
-        depth=config.num_layers,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_dim / config.hidden_size,
-        pos_drop_rate=config.dropout,
-        proj_drop_rate=config.dropout,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        weight_init="skip",
-        **patches,
-    )
-    blocks: list[Any] = list(vit.blocks)
-    for block in blocks:
-        block.attn.proj_drop = nn.Identity()  # timm has one rate for attention and MLP; here attention has none
-    _initialise(vit)
-    return vit
+    return build_google_vit(config, (height, width), num_classes, **patches)
 
 
 # The released hybrid pads as PyTorch does, not as TensorFlow ("same"), and its max pooling pads nothing.
@@ -240,19 +244,3 @@ def _norm_each_channel(unit: Bottleneck) -> None:
     shortcut: Any = unit.downsample
     channels = shortcut.norm.num_channels
     shortcut.norm = GroupNormAct(channels, num_groups=channels, eps=1e-5, apply_act=False)
-
-
-@torch.no_grad()
-def _initialise(vit: VisionTransformer) -> None:
-    """As released: PyTorch's defaults, but xavier_uniform MLPs with biases of N(0, 1e-6); zero tokens and head."""
-    for module in vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
-            module.reset_parameters()
-    blocks: list[Any] = list(vit.blocks)
-    for block in blocks:
-        for layer in (block.mlp.fc1, block.mlp.fc2):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.normal_(layer.bias, std=1e-6)
-    zeros: list[Any] = [vit.cls_token, vit.pos_embed, vit.head.weight, vit.head.bias]
-    for parameter in zeros:
-        nn.init.zeros_(parameter)

@@ -7,19 +7,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.models import released
+from common.models.google_vit import block_entries
 from common.models.released import Entry, module, modules
 
-# Modules of one block and of one ResNet unit: ours and theirs, in the order of a released file.
-BLOCK = (
-    ("norm1", "attention_norm"),
-    ("norm2", "ffn_norm"),
-    ("mlp.fc1", "ffn.fc1"),
-    ("mlp.fc2", "ffn.fc2"),
-    ("attn.qkv", "attn.query"),
-    ("attn.qkv", "attn.key"),
-    ("attn.qkv", "attn.value"),
-    ("attn.proj", "attn.out"),
-)
+# Modules of one ResNet unit: ours and theirs, in the order of a released file.
 UNIT = (
     ("norm1", "gn1"),
     ("conv1", "conv1"),
@@ -55,7 +46,7 @@ def from_released(
 def _entries(keys: Iterable[str], feature_fusion: bool) -> Iterator[Entry]:
     """List the parameters of the model that has the keys, and biases that it may not have, in the authors' order."""
     keys = set(keys)
-    embeddings, encoder = "transformer.embeddings.", "transformer.encoder."
+    embeddings = "transformer.embeddings."
     yield Entry(embeddings + "position_embeddings", "base_model.pos_embed")
     yield Entry(embeddings + "cls_token", "base_model.cls_token")
     backbone, hybrid = "base_model.patch_embed.backbone.", embeddings + "hybrid_model."
@@ -66,8 +57,8 @@ def _entries(keys: Iterable[str], feature_fusion: bool) -> Iterator[Entry]:
         yield from modules(f"{backbone}stages.{stage}.blocks.{block}.", theirs, UNIT)
     yield from module("base_model.patch_embed.proj", embeddings + "patch_embeddings")
     last = max(int(m[1]) for key in keys if (m := re.match(r"base_model\.blocks\.(\d+)\.", key)))
-    for i in range(last + 1):
-        theirs = "ff_last_layer" if feature_fusion and i == last else f"layer.{i}"
-        yield from modules(f"base_model.blocks.{i}.", f"{encoder}{theirs}.", BLOCK)
-    yield from module("base_model.norm", encoder + ("ff_encoder_norm" if feature_fusion else "encoder_norm"))
+    yield from block_entries(last + 1, "ff_last_layer" if feature_fusion else None)
+    yield from module(
+        "base_model.norm", "transformer.encoder." + ("ff_encoder_norm" if feature_fusion else "encoder_norm")
+    )
     yield from module("base_model.head", "head")

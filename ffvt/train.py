@@ -13,7 +13,8 @@ curves to logs/{name}, the run's own files and its record to runs/ffvt-{name}/<t
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,8 @@ from common.experiment import Experiment, Options
 from common.files import write_atomically
 from common.log import Listener, say
 from common.run import start
-from ffvt.data import read
+from common.weights import read_state_dict
+from ffvt.data import read, transforms
 from ffvt.model import CONFIGS, FFVT
 
 FIRST_LOSS_SCALE = 2.0**20  # of dynamic loss scaling, as published
@@ -63,7 +65,7 @@ class Recipe:
     seed: int = 42  # of order, augmentation, dropout and new layers
     gradient_accumulation_steps: int = 1  # parts that each process's batch is cut into; the batch stays
     fp16: bool = False  # mixed precision on a GPU, as --precision fp16; a CPU computes in fp32
-    fp16_opt_level: Literal["O0", "O1", "O2", "O3"] = "O2"  # O0: fp32; O1, O2: the same without apex; O3: apex only
+    fp16_opt_level: Literal["O0", "O1", "O2", "O3"] = "O2"  # O0: no --fp16; O1, O2: equal without apex; O3: apex only
     feature_fusion: bool = False  # FFVT; without it a plain ViT
     loss_scale: float = 0.0  # of fp16. 0: dynamic; a positive power of 2: static
     data_root: str = "./data"  # holds a folder for each data set, of the data set's name
@@ -148,19 +150,32 @@ class ReleasedFiles(Listener):
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and --help does without
 
         self.checkpoint = Path(recipe.output_dir) / f"{recipe.name}_checkpoint.bin"
-        self.board = SummaryWriter(str(Path("logs") / recipe.name), purge_step=step + 1)
+        self.curves = Path("logs") / recipe.name
+        with self._explain(self.checkpoint.parent):
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with self._explain(self.curves):
+            self.board = SummaryWriter(str(self.curves), purge_step=step + 1)
+        say(f"best checkpoint: {self.checkpoint}, curves: {self.curves}")
+
+    @staticmethod
+    @contextmanager
+    def _explain(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): see --output_dir and --name") from error
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         tags = {"loss": "train/loss", "lr": "train/lr"} if kind == "train" else {"top1": "test/accuracy"}
-        for name, tag in tags.items():
-            self.board.add_scalar(tag, values[name], step)
+        with self._explain(self.curves):
+            for name, tag in tags.items():
+                self.board.add_scalar(tag, values[name], step)
 
     def best(self, model: nn.Module, first: bool) -> None:
         assert isinstance(model, FFVT)
         if first:
             self._keep_earlier()
         tensors = {name: tensor.cpu() for name, tensor in model.released_state_dict().items()}
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.checkpoint, lambda file: torch.save(tensors, file))
 
     def _keep_earlier(self) -> None:
@@ -169,7 +184,8 @@ class ReleasedFiles(Listener):
             number = 1
             while (kept := self.checkpoint.with_suffix(f".{number}.bin")).exists():
                 number += 1
-            self.checkpoint.rename(kept)
+            with self._explain(kept):
+                self.checkpoint.rename(kept)
             say(f"{self.checkpoint} of an earlier run is now {kept}")
 
     def close(self) -> None:
@@ -187,12 +203,8 @@ class FFVTExperiment(Experiment):
     def name(self) -> str:
         return "ffvt"
 
-    @property
-    def description(self) -> str:
-        return __doc__ or ""
-
     def folder(self, recipe: Recipe) -> str:
-        if not recipe.name or Path(recipe.name).name != recipe.name:
+        if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:
             raise UserError(f"--name {recipe.name}: expected a name that can be part of a file's name")
         return f"ffvt-{recipe.name}"
 
@@ -210,14 +222,15 @@ class FFVTExperiment(Experiment):
             say("note: the demo's small model starts from random weights, --pretrained_dir is not read")
         img_size = overrides.get("img_size", self.demo["img_size"])
         grid = max(side for side in range(1, 8) if img_size % side == 0)
-        return self.demo | {"model_kwargs": self.demo["model_kwargs"] | {"patch_size": img_size // grid}}
+        patches = {"patch_size": img_size // grid, "resnet_layers": None}
+        return self.demo | {"model_kwargs": self.demo["model_kwargs"] | patches}
 
-    def options(self, recipe: Recipe, options: Options, device: torch.device) -> Options:
+    def options(self, recipe: Recipe, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
         accumulate, precision = recipe.gradient_accumulation_steps, options.precision
-        if recipe.fp16 and recipe.fp16_opt_level != "O0" and device.type != "cpu":
-            if precision == "bf16":
-                raise UserError("--fp16 and --precision bf16 exclude each other")
-            precision = "fp16"
+        if recipe.fp16 and recipe.fp16_opt_level != "O0":
+            if "precision" in chosen and precision != "fp16":
+                raise UserError(f"--fp16 and --precision {precision} exclude each other")
+            precision = "fp16" if device.type != "cpu" or "precision" in chosen else "fp32"
         return replace(options, accumulate=accumulate, eval_batch_size=recipe.eval_batch_size, precision=precision)
 
     def precision(self, recipe: Recipe, options: Options, device: torch.device) -> Precision:
@@ -259,19 +272,26 @@ class FFVTExperiment(Experiment):
                 "note: --fp16 is for a GPU; a CPU, which would take many times longer in fp16, computes in fp32"
             )
         dogs = PUBLISHED["dog"]
+        batch = PUBLISHED.get(recipe.dataset, {}).get("batch_size", recipe.batch_size)
         if recipe.dataset == "CUB" and all(getattr(recipe, name) == dogs[name] for name in ("num_token", "decay_type")):
             sentences.append(
                 "note: these are the settings of the README's Dogs command, which says --dataset CUB by mistake: this "
                 "run trains on CUB; for Stanford Dogs say --dataset dog"
             )
-        batch = PUBLISHED.get(recipe.dataset, {}).get("batch_size", recipe.batch_size)
-        if recipe.batch_size != batch and not options.demo:
+        elif recipe.batch_size != batch and not options.demo:
+            same = f"; --train_batch_size {batch // dist.size()} would be the same, with --gradient_accumulation_steps "
             sentences.append(
-                f"note: the published batch is {batch} images over all processes, this run's is {recipe.batch_size}: "
-                f"--train_batch_size {batch / dist.size():g} on {dist.size()} would be the same, with "
-                "--gradient_accumulation_steps where memory is short"
+                f"note: the published batch is {batch} images over all processes, this run's is {recipe.batch_size}"
+                + ("" if batch % dist.size() else same + "where memory is short")
             )
         return sentences
+
+    def without_data(self, recipe: Recipe, checkpoint: Path) -> tuple[list[str], Any]:
+        """The classifier says how many classes there are."""
+        state = read_state_dict(checkpoint)
+        count = next((len(value) for key, value in state.items() if key.endswith("head.bias")), 0)
+        classes = [str(number) for number in range(1, count + 1)]
+        return classes, transforms(recipe.dataset, recipe.img_size, recipe.resize_size)[1]
 
     def listener(self, recipe: Recipe, step: int) -> Listener:
         return ReleasedFiles(recipe, step)
@@ -291,6 +311,8 @@ EXPERIMENT = FFVTExperiment(
     schedule_per="step",
     objective=objective,
     separator="_",
+    has_pretrained=False,
+    places=("data_root", "output_dir"),
     names={
         "weights": "pretrained_dir",
         "batch_size": "train_batch_size",

@@ -265,7 +265,7 @@ def test_non_finite_updates_are_skipped_and_then_stop_the_run(pictures: Images, 
                 kept.extend(parameters(model))
             trainer.report()
 
-    with pytest.raises(UserError, match=r"10 updates in a row were skipped .* --lr"):
+    with pytest.raises(UserError, match=r"10 updates in a row were skipped .* lower the learning rate"):
         train()
     assert trainer.step == 2 + PATIENCE
     assert_same(parameters(model), kept)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import ROOT
 
 from common.errors import UserError
-from common.folders import check_same_experiment, new_folder, newest, open_run
+from common.folders import Lock, check_same_experiment, new_folder, newest, open_run
 from common.predict import MODEL_INFO
 
 
@@ -70,7 +73,7 @@ def test_newest(tmp_path: Path) -> None:
 
 def test_no_such_run(tmp_path: Path) -> None:
     made(tmp_path, "s", "20250401-000000-000000", "last.pt", "record.json")
-    with pytest.raises(UserError, match=r"no interrupted run of s: .*--output"):
+    with pytest.raises(UserError, match=r"no interrupted run of s \(all that are there are finished\): .*--output"):
         newest(str(tmp_path), "s", having="last.pt", lacking="record.json")
     with pytest.raises(UserError, match="holds no finished or running training of t"):
         newest(str(tmp_path), "t", having="best.safetensors")
@@ -155,3 +158,31 @@ def test_open_run(tmp_path: Path) -> None:
         open_run(str(tmp_path), "vit_coco")
     with pytest.raises(UserError, match=r"nowhere/model\.json does not exist"):
         open_run(str(tmp_path / "nowhere"), "vit_coco")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from common.folders import Lock
+
+with Lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """The lock of a process that was killed is gone with it; the same process may take its own again."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(UserError, match=rf"still being trained by process {other.pid} on .*: stop that first"):
+        Lock(tmp_path)
+    other.kill()
+    other.wait()
+    with Lock(tmp_path), Lock(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+    other.stdout.close()

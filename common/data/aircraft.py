@@ -27,11 +27,11 @@ def aircraft(root: str | Path, split: str) -> Images:
 
 
 def air(root: str | Path, split: str) -> Images:
-    """Reads one split: "train" (the official trainval), "test", or an official one, "trainval" or "val".
+    """Reads one split: "train" (the official trainval) or "test".
 
-    "train" and "test" are read from FFVT's lists data/{train,test}.txt where one of these is there, since their
-    labels may follow an order of their own; nobody ships them, and elsewhere the official lists give the same
-    images. Classes, order and ids as in `aircraft`.
+    From FFVT's lists data/{train,test}.txt where one of these is there, since their labels may follow an order of
+    their own; nobody ships them, and elsewhere the official lists give the same images. Classes, order and ids as in
+    `aircraft`.
 
     Raises:
         UserError: a list or image is missing, a list is damaged, or a variant has no image in an official list.
@@ -39,7 +39,7 @@ def air(root: str | Path, split: str) -> Images:
     tree = _tree("air", root, split)
     classes = _variants(tree)
     own_lists = [f"data/{name}.txt" for name in ("train", "test")]
-    if split in ("train", "test") and any((tree.path / path).exists() for path in own_lists):
+    if any((tree.path / path).exists() for path in own_lists):
         files, labels = tree.labelled(f"data/{split}.txt", f"the list of {split} images", len(classes))
         ids = [Path(file).stem for file in files]
     else:

@@ -63,15 +63,17 @@ def prepare(name: str, root: str | Path, download: bool = True) -> None:
         download: False forbids the network.
 
     Raises:
-        UserError: the tree is damaged; or it is missing and `download` is False, nobody offers it for download,
-            the network or the disk fails, or what was downloaded is damaged.
+        UserError: a data set that can be downloaded is damaged; or it is missing and `download` is False, the
+            network or the disk fails, or what was downloaded is damaged.
     """
     facts = published(name)
+    if not facts.downloads:  # its reader will say what is missing: to read it here too would take as long again
+        return
     tree = Tree(facts, root)
     problem = _problem(tree)
     if problem is None:
         return
-    if not (download and facts.downloads):
+    if not download:
         raise problem
     fetched = _prepare_coco(tree) if facts.name == "coco" else _prepare_with_torchvision(tree)
     # What was there before and is wrong is the user's to remove: nothing of it is overwritten.

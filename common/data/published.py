@@ -148,12 +148,12 @@ car/cars_{train,test}/<image>.jpg          16,185 images, also found in cars_tra
 air/data/variants.txt                      the classes in order, one a line
 air/data/{train,test}.txt                  `image-id.jpg label` a line, labels 1 to 100 (the archive has no such lists:
                                            where neither is there, the official ones below are used)
-air/data/images_variant_{train,val,trainval,test}.txt    `image-id variant` a line
+air/data/images_variant_{trainval,test}.txt              `image-id variant` a line
 air/data/images/<image-id>.jpg             10,000 images
 (or fgvc-aircraft-2013b/ as the archive unpacks, in air/ or beside it)""",
             classes=100,
-            counts={"train": 6667, "val": 3333, "trainval": 6667, "test": 3333},
-            per_class={"train": (66, 67), "trainval": (66, 67), "test": (33, 34)},
+            counts={"train": 6667, "test": 3333},
+            per_class={"train": (66, 67), "test": (33, 34)},
             source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
             also=("fgvc-aircraft-2013b",),
         ),

@@ -54,7 +54,7 @@ class Tree:
         """The error for something that is there and cannot be right; `problem` is a verb phrase."""
         return UserError(
             f"{self.published.title}: {where} {problem}; "
-            f"remove it and get it again from {self.published.source}, or name another folder with "
+            f"mend it, or remove it and get it again from {self.published.source}, or name another folder with "
             "--data-root."
         )
 

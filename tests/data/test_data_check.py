@@ -24,7 +24,7 @@ def test_published_counts() -> None:
     assert counts["cub"] == (200, {"train": 5_994, "test": 5_794})
     assert counts["dog"] == (120, {"train": 12_000, "test": 8_580})
     assert counts["car"] == (196, {"train": 8_144, "test": 8_041})
-    assert counts["air"] == (100, {"train": 6_667, "val": 3_333, "trainval": 6_667, "test": 3_333})
+    assert counts["air"] == (100, {"train": 6_667, "test": 3_333})
     assert counts["inat2017"] == (5_089, {"train": 579_184, "val": 95_986})
     assert counts["cotton"] == (80, {"train": 240, "test": 240})
     assert counts["soyloc"] == (200, {"train": 600, "test": 600})

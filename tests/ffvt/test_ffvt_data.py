@@ -82,3 +82,22 @@ def test_sizes_that_the_released_code_fixes(dataset: str, monkeypatch: pytest.Mo
             expected = fixed[1] if released and fixed and fixed[0] == img_size else 500
             assert sizes == [(img_size, img_size) if dataset.startswith("cifar") else (expected, expected)]
             assert data.selection == "test-selected"
+
+
+def test_the_lists_of_air_number_both_splits(tmp_path: Path) -> None:
+    """FFVT's own lists may number the classes otherwise than the official ones: training and test agree."""
+    from common.data import air, write_demo
+
+    write_demo("air", tmp_path)
+    data = tmp_path / "air" / "data"
+    for split in ("train", "test"):
+        images = air(tmp_path, split)
+        lines = [f"{id_}.jpg {10 - label}" for id_, label in zip(images.ids, images.labels, strict=True)]
+        (data / f"{split}.own").write_text("\n".join(lines))
+    for split in ("train", "test"):
+        (data / f"{split}.own").rename(data / f"{split}.txt")
+    (data / "images_variant_trainval.txt").unlink()
+    read_again = read("air", str(tmp_path), 16, 16)
+    for images in (read_again.train, read_again.test):
+        own = dict(line.split() for line in (data / f"{images.split}.txt").read_text().splitlines())
+        assert images.labels == [int(own[f"{id_}.jpg"]) - 1 for id_ in images.ids]

@@ -143,7 +143,7 @@ def test_the_printed_commands_are_the_published_recipes(which: str, monkeypatch:
     assert EXPERIMENT.advice(recipe, Options(), GPU) == []
     monkeypatch.setattr(dist, "size", lambda: 1)
     batch = PUBLISHED[recipe.dataset]["batch_size"]
-    assert f"--train_batch_size {batch} on 1" in EXPERIMENT.advice(recipe, Options(), GPU)[0]
+    assert f"--train_batch_size {batch} would be the same" in EXPERIMENT.advice(recipe, Options(), GPU)[0]
     assert EXPERIMENT.alterations(recipe, trained=True) == [f"batch_size {batch} -> {batch // 4}"]
     recipe.train_batch_size, recipe.pretrained_dir = batch, "B_16-augreg.npz"
     assert EXPERIMENT.alterations(recipe, trained=True) == ["pretrained_dir ViT-B_16.npz -> B_16-augreg.npz"]
@@ -197,6 +197,81 @@ def test_the_printed_commands_on_two_processes(which: str, inside_ffvt: Path) ->
     found, expected = evaluated["results"]["checkpoint"]["test"], record["results"]["best"]["test"]
     assert (found["correct"], found["total"]) == (expected["correct"], 71)
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("which", COMMANDS)
+def test_the_printed_commands_on_one_process(which: str, demo_output: Path, home: Path) -> None:
+    words = words_of(COMMANDS[which], which, 1)
+    words = [*words[words.index("train.py") + 1 :], "--num_steps", "2", "--demo", "--limit", "71", "--workers", "0"]
+    outcome = run_script("ffvt/train.py", *words, "--output", demo_output)
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["results"]["last"]["step"] == 2
+    assert (home / "output" / f"{which}_checkpoint.bin").exists()
+
+
+def test_torchrun_trains_the_same_batches(demo_output: Path, home: Path) -> None:
+    """Two processes of 8 images are one of 16: without dropout the losses are equal."""
+    small = [word for word in SMALL if word not in ("--train_batch_size", "16")]
+    words = ["--dataset", "CUB", "--feature_fusion", *small, "--output", str(demo_output), "--log_every", "1"]
+    alone = run_script("ffvt/train.py", "--name", "one", *words, "--train_batch_size", "16")
+    assert alone.status == 0, alone.err
+    program = ["torchrun", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program += [str(ROOT / "ffvt" / "train.py"), "--name", "two", *words, "--train_batch_size", "8"]
+    together = launch(program, home)
+    assert together.status == 0, together.err
+
+    def losses(outcome: Outcome) -> list[float]:
+        lines = [json.loads(line) for line in (outcome.folder / "log.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines]
+
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert together.record["results"]["best"]["test"]["correct"] == alone.record["results"]["best"]["test"]["correct"]
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What common.run would have trained: (session, trainer), instead of training."""
+    made: list[Any] = []
+
+    class NotTraining:
+        def __init__(self, session: Any, trainer: Any, resume: bool, evaluate_every: int | None) -> None:
+            made.append((session, trainer, evaluate_every))
+
+        def run(self) -> None:
+            return None
+
+    monkeypatch.setattr("common.run.Training", NotTraining)
+    return made
+
+
+def test_every_flag_reaches_what_it_names(sessions: list[Any], demo_output: Path, home: Path) -> None:
+    words = ("--max_grad_norm", "0.25", "--smoothing_value", "0.1", "--weight_decay", "0.01", "--learning_rate", "0.3")
+    words += ("--warmup_steps", "4", "--decay_type", "linear", "--num_steps", "8", "--eval_every", "5", "--seed", "7")
+    words += ("--gradient_accumulation_steps", "2", "--train_batch_size", "12", "--eval_batch_size", "5")
+    words += ("--precision", "fp16", "--fp16_opt_level", "O1", "--loss_scale", "64", "--num_token", "3")
+    outcome = train(demo_output, "--dataset", "dog", "--feature_fusion", "--demo", "--workers", "0", *words)
+    assert outcome.status == 0, outcome.err
+    ((session, trainer, evaluate_every),) = sessions
+    assert (trainer.clip_grad, trainer.steps, trainer.seed, evaluate_every) == (0.25, 8, 7, 5)
+    assert (trainer.plan.batch_size, trainer.plan.accumulate, session.loading.eval_batch_size) == (12, 2, 5)
+    assert (trainer.model.smoothing_value, trainer.model.num_token, trainer.model.feature_fusion) == (0.1, 3, True)
+    assert (trainer.precision.opt_level, trainer.precision.scaler.get_scale()) == ("O1", 64)
+    (group,) = trainer.optimizer.param_groups
+    assert (group["weight_decay"], group["momentum"], group["initial_lr"], group["lr"]) == (0.01, 0.9, 0.3, 0)
+    factor = trainer.scheduler.lr_lambdas[0]
+    assert [factor(step) for step in (1, 4, 6, 8)] == [0.25, 1.0, 0.5, 0.0]
+    assert trainer.schedule_per == "step"
+    assert list(trainer.plan.order(0)) != list(trainer.plan.order(1))
+
+
+def test_released_reaches_order_and_sizes(sessions: list[Any], demo_output: Path, home: Path) -> None:
+    words = ("--img_size", "448", "--resize_size", "500", "--demo", "--workers", "0", "--released")
+    outcome = train(demo_output, "--dataset", "dog", *words)
+    assert outcome.status == 0, outcome.err
+    ((session, trainer, _),) = sessions
+    assert list(trainer.plan.order(0)) == list(trainer.plan.order(1))
+    assert session.data.test.transform.transforms[0].size == (600, 600)
+    assert session.side == "released"
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -267,6 +342,11 @@ def test_evaluation(kind: str, whole: tuple[Outcome, Path], demo_output: Path, h
     assert evaluated.record["status"] == "evaluated"
 
 
+def test_apex_is_refused_in_evaluation(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    words = ("--demo", "--amp_backend", "apex", "--eval", whole[0].folder)
+    assert "--amp_backend apex is for training" in one_line(train(demo_output, *words))
+
+
 def test_evaluation_of_a_checkpoint_that_does_not_fit(
     whole: tuple[Outcome, Path], demo_output: Path, home: Path
 ) -> None:
@@ -308,11 +388,41 @@ def test_predictions(whole: tuple[Outcome, Path], demo_output: Path, home: Path)
     assert alone.out.splitlines()[-1] == ours.out.splitlines()[-1]
 
 
+def test_predictions_without_the_data_set(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    """A bare checkpoint says how many classes there are, not what they are called."""
+    image = sorted((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))[0]
+    sizes = ("hidden_size=64", "mlp_dim=128", "num_heads=4", "num_layers=4", "patch_size=4")
+    words = ("--dataset", "CUB", "--feature_fusion", "--img_size", "16", "--resize_size", "16", "--num_token", "4")
+    words += ("--model_kwargs", *sizes, "--predict", image, "--checkpoint", whole[1] / "output" / "t_checkpoint.bin")
+    outcome = train(demo_output, *words)
+    assert outcome.status == 0, outcome.err
+    assert "classes are numbered from 1" in outcome.out
+    named = train(demo_output, "--predict", image, "--checkpoint", whole[0].folder)
+    numbers = re.findall(r"(\d+) \d+\.\d%", outcome.out.splitlines()[-1])
+    names = re.findall(r"(\d{3})\.\w+ \d+\.\d%", named.out.splitlines()[-1])
+    assert [int(number) for number in numbers] == [int(name) for name in names]
+
+
+@pytest.mark.parametrize("place", ["output", "logs"])
+def test_places_that_cannot_be_written(place: str, demo_output: Path, home: Path) -> None:
+    (home / place).write_text("a file")
+    refused = train(demo_output, "--dataset", "CUB", *SMALL)
+    assert re.search(rf"{place}.* cannot be written", one_line(refused))
+
+
+def test_a_demo_of_another_size_goes_on_with_the_command_it_prints(demo_output: Path, home: Path) -> None:
+    outcome = train(demo_output, "--dataset", "CUB", *SMALL, "--img_size", "28", "--resize_size", "28")
+    assert outcome.status == 0, outcome.err
+    (outcome.folder / "record.json").unlink()
+    resumed = train(demo_output, "--demo", "--workers", "0", "--resume", outcome.folder)
+    assert resumed.status == 0, resumed.err
+
+
 def test_killed_and_resumed(demo_output: Path, tmp_path: Path) -> None:
     """With dropout, weights and metrics are those of a run that was left alone, to the last bit."""
     words = ["--name", "k", "--dataset", "soyloc", "--feature_fusion", *SMALL, "--num_steps", "8"]
     words += ["--model_kwargs", "hidden_size=48", "mlp_dim=96", "num_heads=3", "num_layers=3", "patch_size=4"]
-    words += ["--log_every", "1", "--save_every", "2"]
+    words += ["--log_every", "1", "--save_every", "10"]  # resumed at step 3, where its best so far was written
     folders = []
     for name in ("left alone", "killed"):
         home = tmp_path / name
@@ -324,7 +434,7 @@ def test_killed_and_resumed(demo_output: Path, tmp_path: Path) -> None:
             deadline = time.monotonic() + 90
             while time.monotonic() < deadline and process.poll() is None:
                 if any('"step": 5' in log.read_text() for log in home.glob("runs/*/*/log.jsonl")):
-                    break
+                    break  # after the first evaluation and before the second
                 time.sleep(0.005)
             process.kill()
             process.communicate(timeout=30)
@@ -387,6 +497,10 @@ def test_released_order_is_that_of_the_released_sampler(processes: int) -> None:
         (("--gradient_accumulation_steps", "3"), "--train_batch_size.*--gradient_accumulation_steps"),
         (("--name", "../t"), r"--name \.\./t"),
         (("--name", ""), "--name "),
+        (("--name", ".."), r"--name \.\."),
+        (("--smoothing_value", "2"), "--smoothing_value 2"),
+        (("--model_kwargs", "num_heads=5", "hidden_size=64"), "hidden_size 64 .* num_heads 5"),
+        (("--amp_backend", "apex", "--eval", "x.bin"), "x.bin does not exist"),
         (("--model_kwargs", "width=3"), "width"),
         (("--learning_rate", "0"), "--learning_rate 0"),
     ],
@@ -401,18 +515,22 @@ def test_starting_weights_that_are_not_there_or_not_whole(demo_output: Path, hom
     missing = one_line(train(demo_output, *words))
     assert "checkpoint/ViT-B_16.npz does not exist" in missing
     assert "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz and put it there" in missing
-    hybrid = one_line(train(demo_output, *words, "--pretrained_dir", "w/R50-ViT-B_16.npz"))
+    hybrid = one_line(train(demo_output, *words, "--model_type", "R50-ViT-B_16", "--pretrained_dir", "w/r50.npz"))
     assert "imagenet21k/R50+ViT-B_16.npz" in hybrid
     (home / "cut.npz").write_bytes(b"PK\x03\x04 and nothing more")
     cut = one_line(train(demo_output, *words, "--pretrained_dir", "cut.npz"))
     assert "cut.npz is damaged or not an .npz file" in cut
-    other = one_line(train(demo_output, *words, "--pretrained_dir", "w.bin"))
-    assert "--pretrained_dir w.bin" in other
+    for name in ("w.bin", "pretrained"):
+        other = one_line(train(demo_output, *words, "--pretrained_dir", name))
+        assert f"--pretrained_dir {name}: expected none, or an existing .npz" in other
+    large = one_line(train(demo_output, *words, "--model_type", "ViT-L_16", "--pretrained_dir", "w/vit.npz"))
+    assert "imagenet21k/ViT-L_16.npz" in large
 
 
-def test_fp16_and_another_precision_exclude_each_other() -> None:
-    with pytest.raises(UserError, match="--fp16 and --precision bf16"):
-        EXPERIMENT.options(Recipe("t", fp16=True), Options(precision="bf16"), GPU)
+@pytest.mark.parametrize("other", ["bf16", "fp32"])
+def test_fp16_and_another_precision_exclude_each_other(other: Any) -> None:
+    with pytest.raises(UserError, match=f"--fp16 and --precision {other} exclude"):
+        EXPERIMENT.options(Recipe("t", fp16=True), Options(precision=other), GPU, {"precision": other})
 
 
 @pytest.mark.parametrize("scale", ["0", "1024"])
@@ -432,8 +550,8 @@ def test_half_precision_on_a_cpu_where_it_is_asked_for(scale: str, demo_output: 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2"])
 def test_opt_levels(level: str) -> None:
     recipe = Recipe("t", fp16=True, fp16_opt_level=level)  # type: ignore[arg-type]
-    assert EXPERIMENT.options(recipe, Options(), torch.device("cpu")).precision == "fp32"
-    options = EXPERIMENT.options(recipe, Options(), GPU)
+    assert EXPERIMENT.options(recipe, Options(), torch.device("cpu"), ()).precision == "fp32"
+    options = EXPERIMENT.options(recipe, Options(), GPU, ())
     assert options.precision == ("fp32" if level == "O0" else "fp16")
     assert (options.accumulate, options.eval_batch_size) == (1, 16)
     scaler = EXPERIMENT.precision(recipe, options, torch.device("cpu")).scaler
