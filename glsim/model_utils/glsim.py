@@ -1,0 +1,307 @@
+"""GLSim: a ViT that crops around the patches most similar to CLS, and reads image and crop together.
+
+Rios, Hu, Lai, ISCAS 2025, arXiv 2407.12891. Axes: B batch, L blocks, H heads, N tokens (CLS foremost), D width,
+S image side in pixels, O selected patches, C classes.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common import npz
+from common.errors import UserError
+from common.models.released import Entry, check_shapes, from_released, to_released
+from common.models.vit import embed, run_block
+from glsim.model_utils.config import ViTConfig
+from glsim.model_utils.layout import layout
+
+
+class Selection(NamedTuple):
+    """What global-local similarity found in each image."""
+
+    similarity: Tensor  # (B, N - 1), of each patch to CLS; a distance for l1 and l2
+    indices: Tensor  # (B, O), of the most similar patches, best first
+    boxes: Tensor  # (B, 4), pixels: first row, row behind the last, first column, column behind the last
+
+
+def similarity(tokens: Tensor, metric: str) -> Tensor:
+    """Return the similarity (B, N - 1) of the patches to CLS, the first of the tokens (B, N, D), in float32 or wider.
+
+    `cos`: cosine. `l1`, `l2`: mean over channels of the absolute or squared difference, smaller for more similar.
+    """
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    cls, patches = tokens[:, :1], tokens[:, 1:]
+    if metric == "cos":
+        return F.cosine_similarity(cls, patches, dim=-1)
+    difference = cls - patches
+    return (difference.abs() if metric == "l1" else difference.square()).mean(-1)
+
+
+def bounding_boxes(indices: Tensor, grid: int, patch_size: int, inclusive: bool = False) -> Tensor:
+    """Return the boxes (B, 4) around the patches `indices` (B, O) of a square grid; see Selection for the order.
+
+    As published a box ends where its last patch begins, unless it is one patch wide (high); `inclusive`: behind it.
+    """
+    ends = []
+    for position in (indices // grid, indices % grid):
+        first, last = position.amin(1), position.amax(1)
+        ends += [first, last + 1 if inclusive else torch.maximum(last, first + 1)]
+    return torch.stack(ends, dim=1).clamp(max=grid) * patch_size
+
+
+def crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Return the boxes (B, 4) of the square images (B, 3, S, S), each resized to S x S: bilinear, corners aligned.
+
+    One sampling for the whole batch: the corners of a box are pixels of the image, so that no point lies outside.
+    """
+    size = images.shape[-1]
+    first, behind = boxes[:, 0::2].double(), boxes[:, 1::2].double()  # (B, 2): rows, columns
+    steps = torch.linspace(0, 1, size, dtype=torch.float64, device=images.device)
+    points = first[..., None] + (behind - 1 - first)[..., None] * steps  # (B, 2, S), pixels
+    rows, columns = (points * (2 / (size - 1)) - 1).unbind(1)  # (B, S), in [-1, 1]
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1)  # (B, S, S, 2)
+    # In float64: a float32 coordinate is wrong by 1e-5 pixels, which sharp edges turn into visible differences.
+    crops = F.grid_sample(images.double(), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return crops.to(images.dtype)
+
+
+class ViTGLSim(nn.Module):
+    """The published module: `ViTGLSim(ViTConfig("vit_b16", ...))`; without `dynamic_anchor` a plain ViT.
+
+    All parameters of the encoder are those of a timm ViT, `base_model`. Image and crop share them, CLS token included,
+    as released: `anchor_class_token` is there for released checkpoints, and frozen.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.representation_size
+        self.base_model = _build_vit(config)
+        self.anchor_class_token: nn.Parameter | None = None
+        if config.anchor_class_token:
+            self.anchor_class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size), requires_grad=False)
+        self.reducer = nn.Linear(config.hidden_size, width) if width != config.hidden_size else nn.Identity()
+        blocks = config.aggregator_num_hidden_layers if config.aggregator else 0
+        self.aggregator = nn.ModuleList(_block(config, width, width // 64, 4.0) for _ in range(blocks))
+        norm = config.aggregator and config.aggregator_norm
+        self.aggregator_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if norm else nn.Identity()
+        self.head = nn.Linear(width, config.num_classes) if config.load_fc_layer else nn.Identity()
+        self.grad_checkpointing = False
+        self._initialise()
+
+    def forward(self, images: Tensor, ret_dist: bool = False) -> Any:
+        """Return logits (B, C) of images (B, 3, S, S), and with `dynamic_anchor` also the crops (B, 3, S, S).
+
+        `ret_dist` adds: the normalised tokens (B, N, D) of the image, the tokens behind each block (L of them), and for
+        each block the attention probabilities and the raw scores, both (B, H, N, N).
+        """
+        self._check(images)
+        self._say("input images", images)
+        x, inter, probabilities, scores = self._encode(images, ret_dist)
+        crops = None
+        tokens = x
+        if self.config.dynamic_anchor:
+            crops = crop(images, self.select(x).boxes)
+            self._say("crops", crops)
+            tokens = torch.cat((x, self._encode(crops)[0]), dim=1)  # (B, 2 N, D)
+        logits = self._classify(tokens)
+        if self.config.test_flip and not self.training:
+            mirrored = self._mirrored_logits(images.flip(-1))
+            logits = (logits + mirrored) / 2
+        output = (logits,) if crops is None else (logits, crops)
+        if ret_dist:
+            return (*output, x, inter, probabilities, scores)
+        return logits if crops is None else output
+
+    @torch.no_grad()
+    def select(self, tokens: Tensor) -> Selection:
+        """Find the box around the patches most similar to CLS, given normalised tokens (B, N, D)."""
+        config = self.config
+        found = similarity(tokens, config.sim_metric)
+        if config.anchor_random:
+            indices = torch.rand_like(found).topk(config.dynamic_top).indices
+        else:
+            indices = found.topk(config.dynamic_top, largest=config.sim_metric == "cos").indices
+        return Selection(found, indices, bounding_boxes(indices, config.gh, config.fh, config.crop_inclusive))
+
+    def _encode(
+        self, images: Tensor, ret_dist: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        vit: Any = self.base_model
+        x = embed(vit, images)
+        self._say("embedded patches", x)
+        inter, probabilities, scores = [], [], []
+        for block in vit.blocks:
+            if ret_dist:
+                x, q, k = run_block(block, x)
+                raw = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, N, N)
+                inter.append(x)
+                scores.append(raw)
+                probabilities.append(raw.softmax(-1))
+            elif self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        x = vit.norm(x)
+        self._say("encoded tokens", x)
+        return x, inter, probabilities, scores
+
+    def _classify(self, tokens: Tensor) -> Tensor:
+        """Return logits (B, C) of the tokens (B, N, D) of the image, or of image and crop behind one another."""
+        config = self.config
+        if config.reducer == "cls":
+            tokens = tokens[:, :: config.seq_len_ind]  # (B, 1 or 2, D): CLS of the image and of the crop
+        tokens = self.reducer(tokens)
+        self._say("reduced tokens", tokens)
+        for block in self.aggregator:
+            tokens = block(tokens)
+        tokens = self.aggregator_norm(tokens)
+        self._say("aggregated tokens", tokens)
+        if not config.load_fc_layer:
+            return tokens
+        if config.classifier == "cls":
+            logits = self.head(tokens[:, 0])
+        elif config.classifier == "pool":
+            logits = self.head(tokens.mean(1))
+        else:
+            each = self.head(tokens)  # (B, N, C)
+            logits = each.mean(1) if config.classifier == "avg_cls" else each.amax(1)
+        self._say("logits", logits)
+        return logits
+
+    def _mirrored_logits(self, images: Tensor) -> Tensor:
+        x = self._encode(images)[0]
+        if self.config.dynamic_anchor:
+            x = torch.cat((x, self._encode(crop(images, self.select(x).boxes))[0]), dim=1)
+        return self._classify(x)
+
+    def _check(self, images: Tensor) -> None:
+        channels, size = self.config.num_channels, self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (channels, size, size):
+            raise UserError(f"images of shape {tuple(images.shape)}: this model takes (B, {channels}, {size}, {size})")
+
+    def _say(self, stage: str, tensor: Tensor) -> None:
+        if self.config.debugging:
+            print(f"{stage}: {tuple(tensor.shape)}")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def load_npz(self, path: str | Path) -> npz.LoadReport:
+        """Load a Google ViT checkpoint into the encoder in place; report names of `state_dict()`.
+
+        Everything behind `encoder_norm` keeps its initialisation; `anchor_class_token` becomes the file's CLS.
+        Raises UserError unless the rest fits; the model is then unchanged.
+        """
+        leave = () if self.config.encoder_norm else ("norm.",)
+        report = npz.load_npz(self.base_model, path, leave)
+        loaded = [f"base_model.{key}" for key in report.loaded]
+        if self.anchor_class_token is not None and self.base_model.cls_token is not None:
+            with torch.no_grad():
+                self.anchor_class_token.copy_(self.base_model.cls_token)
+            loaded.append("anchor_class_token")
+        return npz.LoadReport(tuple(loaded), tuple(key for key in self.state_dict() if key not in loaded))
+
+    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
+        """Return the authors' state_dict in this model's names; one that is in these already comes back unchanged.
+
+        The `model.` before every key of their checkpoints is optional. Raises UserError, naming `source`, where entries
+        are missing or unknown; shapes are left to the caller.
+        """
+        if any(key.startswith("base_model.") for key in state_dict):
+            return dict(state_dict)
+        return from_released(_bare(state_dict), self.state_dict(), self._layout(), source)
+
+    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the authors' state_dict in place.
+
+        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
+        """
+        state_dict = _bare(state_dict)
+        converted = from_released(state_dict, self.state_dict(), self._layout(), "the checkpoint")
+        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
+        self.load_state_dict(converted)
+
+    def released_state_dict(self) -> dict[str, Tensor]:
+        """Return the state_dict under the authors' names, in their order, without the `model.` of their wrapper."""
+        return to_released(self.state_dict(), self._layout())
+
+    def _layout(self) -> list[Entry]:
+        each = self.config.load_fc_layer and self.config.classifier in ("avg_cls", "max_cls")
+        return list(layout(self.state_dict(), each))
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """As released: xavier_uniform weights and N(0, 1e-6) biases; CLS zero; positions N(0, 0.02); head zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.normal_(module.bias, std=1e-6)
+            elif isinstance(module, nn.Conv2d | nn.LayerNorm):
+                module.reset_parameters()
+        blocks: list[Any] = [*self.base_model.blocks, *self.aggregator]
+        for block in blocks:
+            for part in block.attn.qkv.weight.chunk(3):  # three layers as released
+                nn.init.xavier_uniform_(part)
+        if self.base_model.cls_token is not None:
+            nn.init.zeros_(self.base_model.cls_token)
+        assert self.base_model.pos_embed is not None
+        nn.init.normal_(self.base_model.pos_embed, std=0.02)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+
+def _bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefixed = all(key.startswith("model.") for key in state_dict)
+    return {key.removeprefix("model.") if prefixed else key: value for key, value in state_dict.items()}
+
+
+def _build_vit(config: ViTConfig) -> VisionTransformer:
+    vit = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.fh,
+        in_chans=config.num_channels,
+        num_classes=0,
+        global_pool="",
+        class_token=config.classifier != "pool",
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
+        final_norm=config.encoder_norm,
+        weight_init="skip",
+    )
+    blocks: list[Any] = list(vit.blocks)
+    for block in blocks:
+        _set_dropout(block, config)
+    return vit
+
+
+def _block(config: ViTConfig, width: int, heads: int, mlp_ratio: float) -> Block:
+    norm_layer: Any = partial(nn.LayerNorm, eps=config.layer_norm_eps)
+    block = Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+    _set_dropout(block, config)
+    return block
+
+
+def _set_dropout(block: Any, config: ViTConfig) -> None:
+    """Dropout at the end of both residual branches, and nowhere else; or stochastic depth instead of it."""
+    block.attn.attn_drop.p = config.attention_probs_dropout_prob
+    rate = config.hidden_dropout_prob if not config.sd else 0.0
+    block.attn.proj_drop, block.mlp.drop2 = nn.Dropout(rate), nn.Dropout(rate)
+    if config.sd:
+        block.drop_path1, block.drop_path2 = DropPath(config.sd), DropPath(config.sd)
