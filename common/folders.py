@@ -37,13 +37,16 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """UserError where another process trains in `folder`."""
+        """UserError where another process trains in `folder`, or nothing can be written there."""
         self.file: TextIO | None = None
         try:
             import fcntl
         except ImportError:
             return
-        self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run is
+        try:
+            self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run is
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}), which training does") from error
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -186,3 +186,9 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None
     with Lock(tmp_path), Lock(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
     other.stdout.close()
+
+
+def test_a_folder_that_cannot_be_locked_because_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        Lock(tmp_path)
