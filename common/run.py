@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,6 +44,7 @@ from common.records import write_record
 from common.train import Session, Training, plan_batches, tell_results
 from common.weights import load_checkpoint, sha256_of
 
+REPEAT_AFTER = 3.0  # seconds until another process than rank 0 says what is wrong
 KEPT = ("limit", "precision", "amp_backend", "accumulate")  # options that a resumed run keeps: they are in its figures
 
 
@@ -80,6 +82,8 @@ def start(experiment: Experiment, argv: list[str] | None = None) -> None:
     try:
         _dispatch(experiment, recipe, options, overrides, chosen)
     except UserError as error:
+        if not dist.is_main():  # what all processes find, rank 0 says: its launcher ends the others meanwhile
+            time.sleep(REPEAT_AFTER)
         print(f"{title}: error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except KeyboardInterrupt:

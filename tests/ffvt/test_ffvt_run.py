@@ -453,6 +453,13 @@ def test_killed_and_resumed(demo_output: Path, tmp_path: Path) -> None:
     assert not list(files[1].parent.glob("k_checkpoint.*.bin"))  # the resumed run's own file is not "an earlier one"
 
 
+def test_what_all_processes_find_is_said_once(home: Path) -> None:
+    program = ["torchrun", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    outcome = launch([*program, str(ROOT / "ffvt" / "train.py"), "--name", "t", "--eval_every", "0"], home)
+    assert outcome.status != 0
+    assert outcome.err.count("--eval_every 0: expected more than 0") == 1
+
+
 def test_another_number_of_processes_would_be_another_batch(
     whole: tuple[Outcome, Path], demo_output: Path, home: Path
 ) -> None:
