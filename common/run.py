@@ -305,7 +305,7 @@ def _checkpoint(
     name = options.eval or options.checkpoint
     path = Path(name or newest(options.output, experiment.folder(recipe), having="best.safetensors"))
     if not path.exists():
-        raise UserError(f"{path} does not exist: expected a run's folder, a .safetensors file or a released .pth")
+        raise UserError(f"{path} does not exist: expected a run's folder, a .safetensors file or a released checkpoint")
     folder = path if path.is_dir() else path.parent
     if not (folder / "model.json").is_file():
         if path.is_dir():
