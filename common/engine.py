@@ -33,6 +33,11 @@ Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]  # (mod
 PATIENCE = 10  # updates in a row skipped for a non-finite gradient before the run stops
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits (B, C), which come first where a model returns more."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The default objective: mean cross-entropy of the logits, and the logits (B, C)."""
     logits = model(images)
@@ -46,6 +51,7 @@ class Loading:
     workers: int = 0
     eval_batch_size: int = 32
     skip_bad_images: int = 0
+    pin_memory: bool = True
     unreadable: dict[str, dict[int, str]] = field(default_factory=dict)  # split -> index -> why
 
     def note(self, split: str, batch: Batch) -> None:
@@ -133,9 +139,9 @@ class Trainer:
 
     def run(self) -> Iterator[int]:
         """Trains from the present step to the last; yields the number of updates done after each one."""
-        cuda = self.device.type == "cuda"
+        pinned = self.device.type == "cuda" and self.loading.pin_memory
         steps = range(self.step, self.steps)
-        batches = training_batches(self.images, self.plan, self.seed, steps, self.loading.workers, pin_memory=cuda)
+        batches = training_batches(self.images, self.plan, self.seed, steps, self.loading.workers, pinned)
         for step in steps:
             self.model.train()
             self.rate = float(self.optimizer.param_groups[0]["lr"])
@@ -248,10 +254,8 @@ def evaluate(
     dist.share_buffers(model)
     training = model.training
     model.eval()
-    cuda = device.type == "cuda"
-    batches = evaluation_batches(
-        images, loading.eval_batch_size, dist.rank(), dist.size(), loading.workers, pin_memory=cuda
-    )
+    pinned = device.type == "cuda" and loading.pin_memory
+    batches = evaluation_batches(images, loading.eval_batch_size, dist.rank(), dist.size(), loading.workers, pinned)
     index: list[int] = []
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     unreadable: set[int] = set()
@@ -261,8 +265,7 @@ def evaluate(
         if batch.images is None or batch.labels is None:
             continue
         with precision.autocast():
-            logits = model(batch.images.to(device, non_blocking=True))
-        logits = (logits[0] if isinstance(logits, tuple) else logits).float()  # (B, C)
+            logits = logits_of(model(batch.images.to(device, non_blocking=True))).float()  # (B, C)
         labels = batch.labels.to(device, non_blocking=True)
         loss = F.cross_entropy(logits, labels, reduction="none")
         columns.append((labels, logits.topk(min(5, logits.shape[1])).indices, loss))

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 from common import dist
 from common.amp import Precision
 from common.data import Data, Images, prepare, write_demo
-from common.data.loader import Order, shuffled
+from common.data.loader import Order, Plan, shuffled
+from common.data.published import published
 from common.engine import Objective, cross_entropy
 from common.errors import UserError
 from common.log import Listener
+from common.metrics import Predictions
 from common.npz import missing_npz
 from common.provenance import alterations, has_batch_norm
 from common.recipe import OPTIONAL_VALUE
@@ -39,6 +41,7 @@ class Options:
     accumulate: int = 1  # micro-batches an optimizer step is made of; the batch size stays, the memory falls
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     workers: int | None = None  # data-loading processes per training process; none: 4, or the cores if they are fewer
+    pin_memory: bool = True  # page-locked memory on the way to a GPU
     eval_batch_size: int | None = None  # images per process in evaluation; none: the training batch size
     log_every: int = 50  # optimizer steps between two lines of log.jsonl
     save_every: int | None = None  # optimizer steps between two saves of last.pt, beside one at each evaluation
@@ -66,7 +69,7 @@ class Experiment:
     recipe_class: type
     data: Callable[[Any], Data]
     build: Callable[[Any, int], nn.Module]
-    optimize: Callable[[Any, Iterable[nn.Parameter]], tuple[Optimizer, Any]]
+    optimize: Callable[..., tuple[Optimizer, Any]]  # (recipe, parameters), unless `optimizer` is overridden
     dataset: str
     demo: dict[str, Any]
     schedule_per: str = "epoch"
@@ -75,6 +78,8 @@ class Experiment:
     separator: str = "-"  # between the words of a flag in --help and messages; both are understood
     # Recipe fields and options that this program calls otherwise: the name here -> its own.
     names: Mapping[str, str] = field(default_factory=dict)
+    has_configuration: bool = False  # whether `configure` reads files that the recipe names
+    no_flags: Mapping[str, str] = field(default_factory=dict)  # names that are no flags, and what to say of them
     has_pretrained: bool = True  # whether `build` can fetch weights itself, which the word "pretrained" asks for
     places: tuple[str, ...] = ("data_root",)  # recipe fields that a resumed run may have otherwise
     may_be_zero: frozenset[str] = frozenset({"seed", "weight_decay"})  # numbers of the recipe that need not be positive
@@ -94,6 +99,14 @@ class Experiment:
         """The head of --help: the docstring of the program."""
         return inspect.getdoc(sys.modules[self.recipe_class.__module__]) or ""
 
+    def configure(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """The recipe fields that configuration files named in `overrides`, the command line, say."""
+        return {}
+
+    def mode(self, recipe: Any, options: Options) -> Options:
+        """The options with --eval where the program has other words for it."""
+        return options
+
     def folder(self, recipe: Any) -> str:
         """Runs go to OUTPUT/<folder>/<time>-<id>/."""
         return self.name
@@ -112,6 +125,45 @@ class Experiment:
         These are `overrides`; what a demo cannot use may be taken out of them.
         """
         return self.demo
+
+    def demo_recipe(self, recipe: Any, options: Options, overrides: dict[str, Any]) -> Any:
+        weights = self.names.get("weights", "weights")
+        changes: dict[str, Any] = {"data_root": str(Path(options.output) / "demo-data"), weights: "none"}
+        return dataclasses.replace(recipe, **(changes | self.demo_changes(overrides) | overrides))
+
+    def counts(self, recipe: Any) -> Mapping[str, int]:
+        """Images of each split as published, as far as that is known."""
+        return published(self.data_set(recipe)).counts
+
+    def prepare_data(self, recipe: Any, options: Options) -> None:
+        """Fetches the data set where it is missing, or writes the demo's."""
+        if options.demo:
+            write_demo(self.data_set(recipe), recipe.data_root)
+        else:
+            prepare(self.data_set(recipe), recipe.data_root, download=options.download)
+
+    def fetch_weights(self, recipe: Any) -> None:
+        """Downloads starting weights that are a file of `recipe.weights`, where they are missing."""
+
+    def global_batch_size(self, recipe: Any) -> int:
+        """Images per optimizer step, over all processes."""
+        return recipe.batch_size
+
+    def steps(self, recipe: Any, plan: Plan) -> int:
+        """Optimizer steps of the whole training."""
+        return getattr(recipe, "steps", None) or recipe.epochs * plan.steps_per_epoch
+
+    def evaluate_every(self, recipe: Any, plan: Plan) -> int:
+        """Optimizer steps between two evaluations."""
+        return getattr(recipe, "evaluate_every", None) or plan.steps_per_epoch
+
+    def optimizer(self, recipe: Any, model: nn.Module, plan: Plan) -> tuple[Optimizer, Any]:
+        """The optimizer and its schedule."""
+        return self.optimize(recipe, [parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def objective_of(self, recipe: Any, num_classes: int) -> Objective:
+        """What is minimised."""
+        return self.objective
 
     def options(self, recipe: Any, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
         """The options with what the recipe says of them; `chosen` were given on the command line.
@@ -139,12 +191,20 @@ class Experiment:
         """Sentences to be said before training."""
         return []
 
+    def recipe_of(self, recipe: Any, options: Options, checkpoint: Path, overrides: dict[str, Any]) -> Any:
+        """The recipe that goes with a released checkpoint, where that says more than the command line."""
+        return recipe
+
+    def evaluated(self, session: Any, model: nn.Module, predictions: Predictions) -> dict[str, Any]:
+        """More entries for the record of --eval, and files; called on every process."""
+        return {}
+
     def without_data(self, recipe: Any, checkpoint: Path) -> tuple[list[str], Any] | None:
         """Class names and test transform for predictions of a bare checkpoint whose data set is not at hand."""
         return None
 
-    def listener(self, recipe: Any, step: int) -> Listener:
-        """What else follows the training that goes on from `step`; made on rank 0 alone."""
+    def listener(self, session: Any, step: int) -> Listener:
+        """What else follows the session's training that goes on from `step`; made on rank 0 alone."""
         return Listener()
 
     def flag(self, name: str) -> str:
@@ -164,10 +224,7 @@ class Experiment:
 def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:
     """The splits of the experiment, fetched or written first where they are missing, cut where --limit says so."""
     with dist.main_first():
-        if options.demo:
-            write_demo(experiment.data_set(recipe), recipe.data_root)
-        else:
-            prepare(experiment.data_set(recipe), recipe.data_root, download=options.download)
+        experiment.prepare_data(recipe, options)
         data = experiment.data(recipe)
     if options.limit is None:
         return data
@@ -182,6 +239,9 @@ def make_model(experiment: Experiment, recipe: Any, num_classes: int, load: bool
     """The model with its starting weights, or (`load` false) bare for a checkpoint to fill; and what was loaded."""
     source = recipe.weights if load else "none"
     words = ("pretrained", "none") if experiment.has_pretrained else ("none",)
+    if load:
+        with dist.main_first():
+            experiment.fetch_weights(recipe)
     if source not in words and not Path(source).is_file():
         if source.endswith(".npz"):
             raise missing_npz(source, recipe.model)

@@ -59,6 +59,17 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def keep_earlier(path: Path) -> Path | None:
+    """Gives a file that stands at `path` a number (name.1.bin), for another to take its place; returns where it is."""
+    if not path.exists():
+        return None
+    number = 1
+    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
+
+
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """`write_text` of a table; the first row is its heading."""
     text = io.StringIO()

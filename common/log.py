@@ -33,6 +33,9 @@ class Listener:
     def best(self, model: nn.Module, first: bool) -> None:
         """The model is the best so far; `first`: of this run nothing has been handed to `best` before."""
 
+    def last(self, model: nn.Module) -> None:
+        """The training is done and the model as it left it."""
+
     def close(self) -> None:
         """The run ends or is stopped."""
 

@@ -45,7 +45,8 @@ def summarize(predictions: Predictions, num_classes: int, split: str) -> dict[st
     """Counts and figures of one split. top1, top5, precision, recall, F1 are fractions; loss is the mean per sample.
 
     Classes that are never predicted, or have no sample, count with precision, recall or F1 zero as in scikit-learn
-    (`zero_division=0`); top5 is None below 6 classes, where it would say nothing.
+    (`zero_division=0`); top5 is None below 6 classes, where it would say nothing. class_mean and class_std are mean and
+    sample deviation of the accuracies of the classes that occur; a single one has no deviation.
     """
     total = len(predictions.index)
     if total == 0:
@@ -56,6 +57,9 @@ def summarize(predictions: Predictions, num_classes: int, split: str) -> dict[st
     wide = num_classes > 5
     figures |= {"top5_correct": top5_correct if wide else None, "top5": top5_correct / total if wide else None}
     figures["loss"] = float(predictions.loss.mean())
+    each = [hits[predictions.label == label, 0].mean() for label in np.unique(predictions.label)]
+    figures["class_mean"] = float(np.mean(each))
+    figures["class_std"] = float(np.std(each, ddof=1)) if len(each) > 1 else None
     for average in ("weighted", "macro"):
         precision, recall, f1, _ = precision_recall_fscore_support(
             predictions.label,

@@ -8,7 +8,7 @@ The scripts' `--predict` is the same. C classes.
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 from common import dist
 from common.data.images import Images
+from common.engine import logits_of
 from common.errors import UserError
 from common.files import write_csv, write_text
 from common.recipe import parse
@@ -42,7 +43,15 @@ MODEL_INFO = (
     "preprocessing",
 )
 # Our own models that model.json may name, by module.
-MODELS = {"common.models": ("GFT", "TransFG"), "ffvt.model": ("FFVT",)}
+MODELS = {
+    "common.models": ("GFT", "TransFG"),
+    "ffvt.model": ("FFVT",),
+    "glsim.model_utils.glsim": ("ViTGLSim",),
+    "glsim.model_utils.timm_glsim": ("GLSimTimm",),
+    "glsim.model_utils.transfg": ("TransFG",),
+    "glsim.model_utils.cal": ("CAL",),
+    "glsim.model_utils.resnet": ("ResNet",),
+}
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -83,7 +92,8 @@ def describe_model(model: nn.Module, num_classes: int, model_kwargs: dict[str, A
     library = next((name for name in MODELS if type(model).__module__.startswith(name)), None)
     if library is not None:
         config: Any = model.config
-        return {"library": library, "name": type(model).__name__, "arguments": dict(config)}
+        arguments = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
+        return {"library": library, "name": type(model).__name__, "arguments": arguments}
     origin: Any = model.pretrained_cfg
     name = ".".join(part for part in (origin["architecture"], origin.get("tag")) if part)
     arguments = {"num_classes": num_classes, **model_kwargs}
@@ -105,8 +115,8 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
         raise ValueError(f"{library}.{name} is no model of this repository")
     if arguments.get("pretrained") or not timm.is_model(arguments.get("backbone", "vit_base_patch16_224")):
         raise ValueError("its weights would have to be downloaded")
-    model: nn.Module = getattr(importlib.import_module(library), name)(**arguments)
-    return model
+    kind: Any = getattr(importlib.import_module(library), name)
+    return getattr(kind, "from_arguments", kind)(**arguments)
 
 
 def read_model_info(run_folder: Path) -> dict[str, Any]:
@@ -141,7 +151,7 @@ class Predictor:
         ranked: list[list[tuple[int, float]]] = []
         for start in range(0, len(images), batch_size):
             batch = torch.stack([images[i][0] for i in range(start, min(start + batch_size, len(images)))])
-            logits = self.model(batch.to(self.device)).float()  # (B, C)
+            logits = logits_of(self.model(batch.to(self.device))).float()  # (B, C)
             best = logits.softmax(-1).topk(min(top, len(self.classes)))
             for classes, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 ranked.append(list(zip(classes, probabilities, strict=True)))

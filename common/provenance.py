@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import nn
 
 from common.data.images import Data
-from common.data.published import published
 
 LIBRARIES = ("torchvision", "timm", "numpy", "pillow", "scikit-learn")
 # Fields of a recipe that say where things lie or which of the equal runs this is, not what the experiment is.
@@ -89,15 +89,14 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def data_differences(data: Data) -> list[str]:
-    """Splits whose size is not the published one. Parts of a split are measured against the whole of it together."""
-    expected = published(data.test.name)
+def data_differences(data: Data, counts: Mapping[str, int]) -> list[str]:
+    """Splits whose size is not the published one of `counts`; parts of a split are measured together."""
     sizes: dict[str, int] = {}
     for images in {images.split: images for images in (data.train, data.val, data.test)}.values():
         whole = images.split.partition(" (")[0]  # "train (80 %, seed 42)" is a part of "train"
         sizes[whole] = sizes.get(whole, 0) + len(images)
     return [
-        f"data: {data.test.name} {split} has {count:,} images, published {expected.counts[split]:,}"
+        f"data: {data.test.name} {split} has {count:,} images, published {counts[split]:,}"
         for split, count in sizes.items()
-        if split in expected.counts and count != expected.counts[split]
+        if split in counts and count != counts[split]
     ]

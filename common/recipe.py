@@ -3,7 +3,8 @@
 Every field is a flag (`batch_size` -> `--batch-size`, `--batch_size` works too) with the field's default, and the
 comment behind a field in the source is the flag's help, so that a script states each number once. Supported
 annotations: bool (`--x`, or `--no-x` too where it is on by default), int, float, str, each of these three `| None`
-(the word `none`), Literal of words, list[str] (one or more words), dict[str, Any] (`key=value` words).
+(the word `none`), Literal of words (`| None` too), list[str] and list[float] (one or more), dict[str, Any]
+(`key=value` words).
 """
 
 import argparse
@@ -18,13 +19,15 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
 RecipeT = TypeVar("RecipeT")
 OptionsT = TypeVar("OptionsT")
 
 OPTIONAL_VALUE = "value if given bare"  # metadata key: `--resume` may stand alone and then means this
+TURNS_OFF = "turns off"  # metadata key of a bool that is on: its bare flag turns it off, as some published flags do
 
 
 def parse(
@@ -34,12 +37,16 @@ def parse(
     argv: Sequence[str] | None = None,
     without: Collection[str] = (),
     separator: str = "-",
+    configure: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[RecipeT, OptionsT, dict[str, Any], dict[str, Any]]:
     """Reads the command line into both dataclasses.
 
     A field without a default must be given; the options named in `without` have no flag. `separator`, "-" or "_",
-    stands between the words of a flag; the other is understood too. Returns the recipe, the options, and the fields of
-    each that were given explicitly (name -> value).
+    stands between the words of a flag; the other is understood too. `configure` says recipe fields by what was given of
+    them, which wins; every bool of the recipe then has a `--no-` flag. `known` are names that are no flags, and what to
+    say of them. Returns the recipe, the options, and the fields
+    of each that were given explicitly (name -> value).
     Exits with status 2 and one sentence on an unknown flag or a value of the wrong type.
     """
     parser = _Parser(
@@ -48,8 +55,9 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.known = {f"--{name}": sentence for name, sentence in known.items()}
     recipe = parser.add_argument_group("recipe (the published values are the defaults)")
-    _add_fields(recipe, recipe_class, separator)
+    _add_fields(recipe, recipe_class, separator, negatable=configure is not None)
     running = parser.add_argument_group("running it")
     _add_fields(running, options_class, separator, without)
     running.add_argument(
@@ -65,11 +73,20 @@ def parse(
     names = {field.name for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
     overrides = {name: value for name, value in given.items() if name in names}
     chosen = {name: value for name, value in given.items() if name not in names}
-    return recipe_class(**overrides), options_class(**chosen), overrides, chosen
+    configured = configure(overrides) if configure is not None else {}
+    return recipe_class(**(configured | overrides)), options_class(**chosen), overrides, chosen
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The trailing comment of each field in the source of dataclass `cls`, by field name."""
+    """The trailing comment of each field in the source of dataclass `cls` and of those it extends, by field name."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments |= _own_comments(base)
+    return comments
+
+
+def _own_comments(cls: type) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # defined in an interactive session: there is no file to read
@@ -84,7 +101,13 @@ def field_comments(cls: type) -> dict[str, str]:
     return comments
 
 
-def _add_fields(group: argparse._ArgumentGroup, cls: type, separator: str, without: Collection[str] = ()) -> None:
+def _add_fields(
+    group: argparse._ArgumentGroup,
+    cls: type,
+    separator: str,
+    without: Collection[str] = (),
+    negatable: bool = False,
+) -> None:
     hints = typing.get_type_hints(cls)
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
@@ -93,11 +116,17 @@ def _add_fields(group: argparse._ArgumentGroup, cls: type, separator: str, witho
         flag = "--" + field.name.replace("_", separator)
         required = _default(field) is dataclasses.MISSING
         settings = _settings(hints[field.name], _default(field))
+        if negatable and settings == {"action": "store_true"}:
+            settings = {"action": argparse.BooleanOptionalAction}
         if OPTIONAL_VALUE in field.metadata:
             settings |= {"nargs": "?", "const": field.metadata[OPTIONAL_VALUE]}
         shown = "required" if required else _shown(_default(field))
         text = f"{comments.get(field.name, '')} [{shown}]".strip().replace("%", "%%")
-        group.add_argument(flag, default=argparse.SUPPRESS, required=required, help=text, **settings)
+        flags = [flag]
+        if field.metadata.get(TURNS_OFF):
+            flags, settings = [flag, f"--no-{flag[2:]}"], {"action": "store_false"}
+            text = f"turns off: {text}"
+        group.add_argument(*flags, default=argparse.SUPPRESS, required=required, help=text, **settings)
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
@@ -128,9 +157,12 @@ def _settings(hint: Any, default: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction if default else "store_true"}
     if origin is Literal:
-        return {"choices": typing.get_args(hint)}
+        words = typing.get_args(hint)
+        if not optional:
+            return {"choices": words}
+        return {"choices": (*words, None), "type": _or_none(str), "metavar": "{" + ",".join((*words, "none")) + "}"}
     if origin is list:
-        return {"nargs": "+", "metavar": "X"}
+        return {"nargs": "+", "metavar": "X", "type": typing.get_args(hint)[0]}
     if origin is dict:
         return {"nargs": "*", "metavar": "KEY=VALUE", "action": _KeyValues}
     if hint not in (int, float, str):
@@ -185,6 +217,8 @@ def _literal(word: str) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
+    known: Mapping[str, str] = MappingProxyType({})
+
     def error(self, message: str) -> NoReturn:
         """One sentence instead of the whole usage; the nearest flag where one was mistyped."""
         hint = "--help lists every flag"
@@ -192,5 +226,6 @@ class _Parser(argparse.ArgumentParser):
             word = message.split(": ", 1)[1].split()[0].partition("=")[0]
             near = difflib.get_close_matches(word, list(self._option_string_actions), n=1)
             hint = f"did you mean {near[0]}? {hint}" if near else hint
+            hint = f"{word} {self.known[word]}" if word in self.known else hint
         line = " ".join(message.split())  # a word of the command line may hold line ends
         self.exit(2, f"{self.prog}: error: {line}; {hint}\n")

@@ -75,11 +75,19 @@ def run(
 def start(experiment: Experiment, argv: list[str] | None = None) -> None:
     """`run` for an experiment that overrides methods of Experiment."""
     recipe_class: type[Any] = experiment.recipe_class
-    recipe, options, overrides, chosen = parse(
-        recipe_class, Options, experiment.description, argv, experiment.names, experiment.separator
-    )
     title = experiment.script
+    configure = experiment.configure if experiment.has_configuration else None
     try:
+        recipe, options, overrides, chosen = parse(
+            recipe_class,
+            Options,
+            experiment.description,
+            argv,
+            experiment.names,
+            experiment.separator,
+            configure,
+            experiment.no_flags,
+        )
         _dispatch(experiment, recipe, options, overrides, chosen)
     except UserError as error:
         if not dist.is_main():  # what all processes find, rank 0 says: its launcher ends the others meanwhile
@@ -103,12 +111,13 @@ def _explain_memory(experiment: Experiment, recipe: Any, options: Options) -> It
     try:
         yield
     except torch.OutOfMemoryError as error:
-        share = recipe.batch_size // dist.size()
+        batch = experiment.global_batch_size(recipe)
+        share = batch // dist.size()
         more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
         half = "use --precision bf16, or " if options.precision == "fp32" else "or use "
         raise UserError(
             f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
-            f"with {experiment.flag('accumulate')} {more} (the batch of {recipe.batch_size} stays; in evaluation "
+            f"with {experiment.flag('accumulate')} {more} (the batch of {batch} stays; in evaluation "
             f"{experiment.flag('eval_batch_size')}), {half}{experiment.flag('grad_checkpointing')}; "
             f"{experiment.flag('batch_size')} changes the experiment"
         ) from error
@@ -126,6 +135,7 @@ def _leave(status: int) -> None:
 def _dispatch(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
+    options = experiment.mode(recipe, options)
     modes = [name for name in ("resume", "eval", "predict") if getattr(options, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other")
@@ -135,7 +145,7 @@ def _dispatch(
     dist.start(launch, device, options.dist_timeout)
     if options.demo:
         torch.set_num_threads(1)  # the demo's models are too small for more: threads would wait for each other
-        recipe = _demo_recipe(experiment, options, overrides)
+        recipe = experiment.demo_recipe(recipe, options, overrides)
     _check_numbers(experiment, recipe, options)
     if options.predict:
         _predict(experiment, recipe, options, overrides, device)
@@ -143,12 +153,6 @@ def _dispatch(
         _evaluate(experiment, recipe, options, overrides, chosen, device)
     else:
         _train(experiment, recipe, options, overrides, chosen, device)
-
-
-def _demo_recipe(experiment: Experiment, options: Options, overrides: dict[str, Any]) -> Any:
-    weights = experiment.names.get("weights", "weights")
-    changes: dict[str, Any] = {"data_root": str(Path(options.output) / "demo-data"), weights: "none"}
-    return experiment.recipe_class(**(changes | experiment.demo_changes(overrides) | overrides))
 
 
 def _check_numbers(experiment: Experiment, recipe: Any, options: Options) -> None:
@@ -174,8 +178,10 @@ def _train(
     seed, folder = recipe.seed, None
     if options.resume:
         folder, info = _resumable(experiment, recipe, options)
+        if experiment.has_configuration:  # what its files said when the run was started holds
+            recipe = dataclasses.replace(recipe, **(info["recipe"] | overrides))
         if options.demo:  # what a demo changes may depend on what it was started with
-            recipe = _demo_recipe(experiment, options, info["overrides"] | overrides)
+            recipe = experiment.demo_recipe(recipe, options, info["overrides"] | overrides)
         check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo, experiment.places)
         _check_kept(chosen, info, folder)
         moved = {name: getattr(recipe, name) for name in experiment.places if name in overrides}
@@ -194,7 +200,8 @@ def _train(
             f"{folder} was started on other images or labels than {recipe.data_root} holds now: start a new run"
         )
     order = experiment.order(recipe, len(data.train), seed)
-    plan = plan_batches(experiment, order, len(data.train), recipe.batch_size, options.accumulate)
+    batch_size = experiment.global_batch_size(recipe)
+    plan = plan_batches(experiment, order, len(data.train), batch_size, options.accumulate)
     seed_everything(seed)
     model, weights = make_model(experiment, recipe, len(data.classes), load=folder is None)
     if options.grad_checkpointing:
@@ -212,12 +219,12 @@ def _train(
     with Lock(folder) if dist.is_main() else nullcontext(), _explain_memory(experiment, recipe, options):
         trainer = _trainer(session, model.to(device), plan)
         _say_plan(session, trainer)
-        Training(session, trainer, resume, getattr(recipe, "evaluate_every", None)).run()
+        Training(session, trainer, resume, experiment.evaluate_every(recipe, plan)).run()
 
 
 def _trainer(session: Session, model: nn.Module, plan: Plan) -> Trainer:
     experiment, recipe = session.experiment, session.recipe
-    optimizer, scheduler = experiment.optimize(recipe, [p for p in model.parameters() if p.requires_grad])
+    optimizer, scheduler = experiment.optimizer(recipe, model, plan)
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -225,11 +232,11 @@ def _trainer(session: Session, model: nn.Module, plan: Plan) -> Trainer:
         precision=session.precision,
         images=session.data.train,
         plan=plan,
-        steps=getattr(recipe, "steps", None) or recipe.epochs * plan.steps_per_epoch,
+        steps=experiment.steps(recipe, plan),
         device=session.device,
         loading=session.loading,
         seed=session.seed,
-        objective=experiment.objective,
+        objective=experiment.objective_of(recipe, len(session.data.classes)),
         clip_grad=experiment.max_norm(recipe),
         schedule_per=experiment.schedule_per,
     )
@@ -310,7 +317,7 @@ def _checkpoint(
     if not (folder / "model.json").is_file():
         if path.is_dir():
             raise UserError(f"{path} is not the folder of a run: it has no model.json")
-        return path, recipe, None
+        return path, experiment.recipe_of(recipe, options, path, overrides), None
     _, info = open_run(str(folder), experiment.name)
     unknown = info["recipe"].keys() - {field.name for field in dataclasses.fields(recipe)}
     if unknown:
@@ -348,7 +355,8 @@ def _evaluate(
         validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
     results = {"checkpoint": {"val": validated, "test": tested}}
     excluded = [] if info is None else ["evaluation of a run that has a record of its own"]
-    record = session.record(model, "evaluated", excluded, results)
+    more = experiment.evaluated(session, model, predictions)
+    record = session.record(model, "evaluated", excluded, results, **more)
     if dist.is_main():
         write_tables(folder, "checkpoint", predictions, data.classes)
         write_record(folder / "record.json", record)

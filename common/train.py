@@ -58,9 +58,9 @@ class Session:
 
     def __post_init__(self) -> None:
         options = self.options
-        batch = options.eval_batch_size or max(1, self.recipe.batch_size // dist.size())
+        batch = options.eval_batch_size or max(1, self.experiment.global_batch_size(self.recipe) // dist.size())
         workers = min(4, os.cpu_count() or 1) if options.workers is None else options.workers
-        self.loading = Loading(workers, batch, options.skip_bad_images)
+        self.loading = Loading(workers, batch, options.skip_bad_images, options.pin_memory)
 
     @property
     def side(self) -> str:
@@ -105,7 +105,8 @@ class Session:
             reasons += [f"altered: {change}" for change in changes]
             if options.accumulate > 1 and depends_on_micro_batches(model):
                 reasons.append(f"altered: accumulate 1 -> {options.accumulate}")
-            reasons += ["limited data"] if options.limit is not None else data_differences(self.data)
+            counts = self.experiment.counts(self.recipe)
+            reasons += ["limited data"] if options.limit is not None else data_differences(self.data, counts)
         unreadable = dist.gather(self.loading.unreadable)
         skipped = sorted({why for part in unreadable for split in part.values() for why in split.values()})
         splits = {name: getattr(self.data, name).fingerprint() for name in ("train", "val", "test")}
@@ -165,10 +166,10 @@ class StopRequest:
 class Training:
     """The run of one model in `session.folder`."""
 
-    def __init__(self, session: Session, trainer: Trainer, resume: bool, evaluate_every: int | None = None) -> None:
-        """`evaluate_every` counts optimizer steps; none: once an epoch."""
+    def __init__(self, session: Session, trainer: Trainer, resume: bool, evaluate_every: int) -> None:
+        """`evaluate_every` counts optimizer steps."""
         self.session, self.trainer, self.model = session, trainer, trainer.model
-        self.evaluate_every = evaluate_every or trainer.plan.steps_per_epoch
+        self.evaluate_every = evaluate_every
         self.history: list[dict[str, Any]] = []  # one entry an evaluation
         self.best: dict[str, Any] | None = None
         self.wall_seconds = 0.0
@@ -185,7 +186,7 @@ class Training:
     def _open_log(self) -> Log:
         session, step = self.session, self.trainer.step
         config = {"script": session.experiment.name, "seed": session.seed, **dataclasses.asdict(session.recipe)}
-        listener = session.experiment.listener(session.recipe, step) if dist.is_main() else None
+        listener = session.experiment.listener(session, step) if dist.is_main() else None
         return Log(session.folder, step, session.options.wandb, config, listener)
 
     @property
@@ -343,6 +344,7 @@ class Training:
         else:
             tested, predictions = session.measure(self.model, data.test)
         results = {"last": {**last, "test": tested}, "best": {**self.best, "test": tested}}
+        self.log.listener.last(self.model)
         if self.best["step"] != last["step"]:
             load_checkpoint(self.model, session.folder / "best.safetensors")
             results["best"]["test"], predictions = session.measure(self.model, data.test)
@@ -381,7 +383,8 @@ def tell_results(session: Session, record: dict[str, Any]) -> None:
         say(
             f"{name}: {test['split']} accuracy {test['top1']:.2%} ({test['correct']}/{test['total']}), weighted "
             f"precision {test['precision_weighted']:.4f}, recall {test['recall_weighted']:.4f}, "
-            f"F1 {test['f1_weighted']:.4f}"
+            f"F1 {test['f1_weighted']:.4f}, per class {test['class_mean']:.2%}"
+            + (f" ± {test['class_std']:.2%}" if test["class_std"] is not None else "")
             + (f" (epoch {entry['epoch']:g}, {record['selection']['kind']})" if "epoch" in entry else "")
         )
     say(f"record: {session.folder / 'record.json'}")

@@ -1,5 +1,6 @@
 """From a weights argument (a file, a run folder, a timm tag) to loaded parameters; nothing is ever unpickled."""
 
+import argparse
 import re
 import ssl
 import traceback
@@ -41,21 +42,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read name -> tensor on the CPU from .safetensors, .pth, .pt or .bin, or from a run folder's best weights.
 
     A bare state_dict and one under "state_dict" or "model" are accepted; the "module." of a
-    DistributedDataParallel model is removed where every key has it. Raises UserError for a file that is
-    missing, damaged or of another kind; pickled objects other than tensors are refused, not executed.
+    DistributedDataParallel model, and the "model." of GLSim's wrapper, are removed where every key has it. Raises
+    UserError for a file that is missing, damaged or of another kind; see `read_pickle`.
     """
     path = _file_of(path)
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(f"{path} has an unknown ending: expected .safetensors, .pth, .pt or .bin")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
             break
     if not isinstance(content, Mapping) or not content or not all(map(_is_entry, content.items())):
         raise UserError(f'{path} holds no parameters: expected a state_dict, bare or under "state_dict" or "model"')
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
+    for prefix in ("module.", "model."):
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
     return dict(content)
 
 
@@ -121,9 +123,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged or no safetensors file ({error}): copy it again") from error
 
 
-def _unpickle_tensors(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
+    """The content of a PyTorch file: tensors, plain values, and the argparse.Namespace of released GLSim files.
+
+    UserError for a damaged file, and for one with any other pickled object, of which nothing is executed.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can make the unpickler raise nearly anything; all of it says that the file is bad.
     except Exception as error:
         if named := re.search(r"unsupported (?:global: )?(?:global|class) (\S+)", str(error), re.IGNORECASE):

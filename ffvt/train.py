@@ -33,9 +33,10 @@ from common.data import Data
 from common.data.loader import Order, shuffled
 from common.errors import UserError
 from common.experiment import Experiment, Options
-from common.files import write_atomically
+from common.files import keep_earlier, write_atomically
 from common.log import Listener, say
 from common.run import start
+from common.train import Session
 from common.weights import read_state_dict
 from ffvt.data import read, transforms
 from ffvt.model import CONFIGS, FFVT
@@ -173,20 +174,13 @@ class ReleasedFiles(Listener):
 
     def best(self, model: nn.Module, first: bool) -> None:
         assert isinstance(model, FFVT)
-        if first:
-            self._keep_earlier()
+        if first:  # another run of this name may have left its checkpoint, or the authors' own lies there
+            with self._explain(self.checkpoint):
+                kept = keep_earlier(self.checkpoint)
+            if kept:
+                say(f"{self.checkpoint} of an earlier run is now {kept}")
         tensors = {name: tensor.cpu() for name, tensor in model.released_state_dict().items()}
         write_atomically(self.checkpoint, lambda file: torch.save(tensors, file))
-
-    def _keep_earlier(self) -> None:
-        """Another run of this name has left its checkpoint, or it is the authors' own: it gets a number."""
-        if self.checkpoint.exists():
-            number = 1
-            while (kept := self.checkpoint.with_suffix(f".{number}.bin")).exists():
-                number += 1
-            with self._explain(kept):
-                self.checkpoint.rename(kept)
-            say(f"{self.checkpoint} of an earlier run is now {kept}")
 
     def close(self) -> None:
         self.board.close()
@@ -293,8 +287,8 @@ class FFVTExperiment(Experiment):
         classes = [str(number) for number in range(1, count + 1)]
         return classes, transforms(recipe.dataset, recipe.img_size, recipe.resize_size)[1]
 
-    def listener(self, recipe: Recipe, step: int) -> Listener:
-        return ReleasedFiles(recipe, step)
+    def listener(self, session: Session, step: int) -> Listener:
+        return ReleasedFiles(session.recipe, step)
 
 
 EXPERIMENT = FFVTExperiment(

@@ -1,6 +1,7 @@
 """common.metrics against scikit-learn and against loops that count one sample at a time."""
 
 import csv
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def counted(predictions: Predictions, classes: int) -> dict[str, Any]:
         "loss": sum(predictions.loss.tolist()) / total,
     }
     figures["top1"] = figures["correct"] / total
+    occurring = [score[2] for score in scores if score[0]]
+    figures["class_mean"] = sum(occurring) / len(occurring)
+    figures["class_std"] = statistics.stdev(occurring) if len(occurring) > 1 else None
     for place, name in enumerate(("precision", "recall", "f1"), 1):
         figures[f"{name}_weighted"] = sum(score[0] * score[place] for score in scores) / total
         figures[f"{name}_macro"] = sum(score[place] for score in scores) / classes

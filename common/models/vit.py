@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -94,6 +94,14 @@ def run_block(block: Block, tokens: Tensor, rows: int | None = None) -> tuple[Te
     out = attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
     tokens = tokens[:, :rows] + block.drop_path1(block.ls1(out))
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), q, k
+
+
+def is_plain(block: Any) -> bool:
+    """Whether `run_block` computes what this block does: neither another order nor attention of another kind."""
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    norm = getattr(block.attn, "norm", None)  # newer timm's
+    return getattr(block.attn, "gate", None) is None and (norm is None or isinstance(norm, nn.Identity))
 
 
 def freeze(*modules: nn.Module) -> None:

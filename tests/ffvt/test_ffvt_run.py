@@ -234,7 +234,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
     class NotTraining:
-        def __init__(self, session: Any, trainer: Any, resume: bool, evaluate_every: int | None) -> None:
+        def __init__(self, session: Any, trainer: Any, resume: bool, evaluate_every: int) -> None:
             made.append((session, trainer, evaluate_every))
 
         def run(self) -> None:
