@@ -10,6 +10,7 @@ demo: .venv/.installed
 demos: .venv/.installed
 	for script in *_*.py; do $(BIN)/python $$script --demo || exit 1; done
 	$(BIN)/python ffvt/train.py --name demo --dataset CUB --demo --feature_fusion
+	$(BIN)/python glsim/tools/train.py --cfg_method glsim/configs/methods/glsim.yaml --demo
 
 test: .venv/.tested
 	$(BIN)/python -m pytest
@@ -21,6 +22,7 @@ lint: .venv/.tested
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.psm
 
 # The stamps are made last: an installation that was interrupted is taken up again.
 .venv/.installed: requirements.txt
@@ -30,7 +32,7 @@ bench: .venv/.installed
 	touch $@
 
 .venv/.tested: .venv/.installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,demo]'
 	touch $@
 
 clean:

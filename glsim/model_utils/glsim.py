@@ -98,6 +98,11 @@ class ViTGLSim(nn.Module):
         self.grad_checkpointing = False
         self._initialise()
 
+    @classmethod
+    def from_arguments(cls, **config: Any) -> "ViTGLSim":
+        """The model of a ViTConfig's fields, which model.json keeps."""
+        return cls(ViTConfig(**config))
+
     def forward(self, images: Tensor, ret_dist: bool = False) -> Any:
         """Return logits (B, C) of images (B, 3, S, S), and with `dynamic_anchor` also the crops (B, 3, S, S).
 
@@ -223,14 +228,14 @@ class ViTGLSim(nn.Module):
         """
         if any(key.startswith("base_model.") for key in state_dict):
             return dict(state_dict)
-        return from_released(_bare(state_dict), self.state_dict(), self._layout(), source)
+        return from_released(bare(state_dict), self.state_dict(), self._layout(), source)
 
     def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the authors' state_dict in place.
 
         Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
         """
-        state_dict = _bare(state_dict)
+        state_dict = bare(state_dict)
         converted = from_released(state_dict, self.state_dict(), self._layout(), "the checkpoint")
         check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
         self.load_state_dict(converted)
@@ -264,7 +269,7 @@ class ViTGLSim(nn.Module):
             nn.init.zeros_(parameter)
 
 
-def _bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixed = all(key.startswith("model.") for key in state_dict)
     return {key.removeprefix("model.") if prefixed else key: value for key, value in state_dict.items()}
 

@@ -1,0 +1,140 @@
+"""One builder for GLSim and everything that it is compared with, by `--model_name`."""
+
+import difflib
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+import timm
+from torch import nn
+
+from common.errors import UserError
+from common.models.vit import freeze
+from ffvt.model import CONFIGS as FFVT_CONFIGS
+from ffvt.model import FFVT
+from glsim.model_utils import transfg
+from glsim.model_utils.cal import CAL
+from glsim.model_utils.config import MODEL_NAMES, ViTConfig
+from glsim.model_utils.glsim import ViTGLSim
+from glsim.model_utils.resnet import NAMES as RESNETS
+from glsim.model_utils.resnet import ResNet
+from glsim.model_utils.timm_glsim import GLSimTimm, TimmConfig
+from glsim.train_utils.settings import Settings
+
+COMPARATORS = ("transfg", "ffvt", "cal", *RESNETS)
+# Google's .npz for models that are no timm model's own.
+NPZ = {
+    "vit_b16": "ViT-B_16",
+    "vit_b32": "ViT-B_32",
+    "vit_l16": "ViT-L_16",
+    "vit_l32": "ViT-L_32",
+    "vit_h14": "ViT-H_14",
+}
+NPZ |= {"transfg": "ViT-B_16", "ffvt": "ViT-B_16"}
+TIMM_PREFIX = "gls"  # glsvit_*, glsdeit*: GLSim around timm's model of the rest of the name
+# Options of glsvit_* and glsdeit* alone, of vit_* alone, and of either.
+OF_TIMM_ALONE = ("select_top_k", "token_drop", "adapter", "aggregator_type", "inference_crops")
+OF_VIT_ALONE = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "representation_size"),
+    *("layer_norm_eps", "attention_probs_dropout_prob", "hidden_dropout_prob", "encoder_norm", "debugging"),
+)
+OF_GLSIM = (
+    *OF_TIMM_ALONE,
+    *OF_VIT_ALONE,
+    *("dynamic_anchor", "sim_metric", "anchor_random", "anchor_class_token", "crop_inclusive", "test_flip"),
+    *("reducer", "aggregator", "aggregator_num_hidden_layers", "aggregator_norm"),
+)
+
+
+def build_model(settings: Settings, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """Return the model that the settings name, with fresh weights, or timm's (`pretrained`) where timm has them.
+
+    Raises UserError for an unknown name, and for settings that the model has no use for.
+    """
+    name = settings.model_name
+    if name in MODEL_NAMES:
+        model: nn.Module = _build_vit(settings, num_classes)
+    elif name.startswith(TIMM_PREFIX):
+        model = _build_timm_glsim(settings, num_classes, pretrained)
+    elif name in COMPARATORS:
+        model = _build_comparator(settings, num_classes, pretrained)
+    else:
+        model = _build_timm(settings, num_classes, pretrained)
+    if settings.freeze_backbone:
+        _freeze_backbone(model)
+    return model
+
+
+def top_patches(settings: Settings) -> int:
+    """`dynamic_top`, doubled on dogs, as published."""
+    return settings.dynamic_top * (2 if settings.dataset_name == "dogs" else 1)
+
+
+def _build_vit(settings: Settings, num_classes: int) -> ViTGLSim:
+    _refuse(settings, OF_TIMM_ALONE)
+    taken = {field.name for field in fields(ViTConfig)} & {field.name for field in fields(Settings)}
+    values: dict[str, Any] = {name: getattr(settings, name) for name in taken}
+    values |= {"num_classes": num_classes, "dynamic_top": top_patches(settings), **settings.model_kwargs}
+    return ViTGLSim(ViTConfig(**values))
+
+
+def _build_timm_glsim(settings: Settings, num_classes: int, pretrained: bool) -> GLSimTimm:
+    _refuse(settings, OF_VIT_ALONE)
+    taken = {field.name for field in fields(TimmConfig)} & {field.name for field in fields(Settings)}
+    values: dict[str, Any] = {name: getattr(settings, name) for name in taken}
+    values |= {"num_classes": num_classes, "dynamic_top": top_patches(settings)}
+    return GLSimTimm(pretrained=pretrained, **values)
+
+
+def _build_comparator(settings: Settings, num_classes: int, pretrained: bool) -> nn.Module:
+    _refuse(settings, OF_GLSIM)
+    name, size, kwargs = settings.model_name, settings.image_size, dict(settings.model_kwargs)
+    smoothing = settings.smoothing if settings.ls else 0.0
+    if name == "transfg":
+        slide_step = kwargs.pop("slide_step", 12)
+        sizes = vars(transfg.CONFIGS["ViT-B_16"]) | kwargs
+        return transfg.TransFG(sizes, size, num_classes, slide_step, smoothing, zero_head=False)
+    if name == "ffvt":
+        num_token = kwargs.pop("num_token", 24 if settings.dataset_name == "dogs" else 12)
+        return FFVT(vars(FFVT_CONFIGS["ViT-B_16"]) | kwargs, size, num_classes, True, num_token)
+    if name == "cal":
+        return CAL(num_classes, pretrained, settings.cal_single_crop, smoothing, **kwargs)
+    return ResNet(name, num_classes, pretrained, **kwargs)
+
+
+def _build_timm(settings: Settings, num_classes: int, pretrained: bool) -> nn.Module:
+    _refuse(settings, OF_GLSIM)
+    name = settings.model_name
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, (*MODEL_NAMES, *COMPARATORS, *timm.list_models()), n=1)
+        hint = (
+            f"did you mean {near[0]}?" if near else f"choose {', '.join((*MODEL_NAMES, *COMPARATORS))} or timm's name"
+        )
+        raise UserError(f"--model_name {name}: there is no such model; {hint}")
+    kwargs: dict[str, Any] = {"num_classes": num_classes}
+    config = timm.get_pretrained_cfg(name)
+    if (
+        config is not None and config.fixed_input_size
+    ):  # ViTs and their like, whose position embeddings are made to size
+        kwargs["img_size"] = settings.image_size
+    if settings.sd:
+        kwargs["drop_path_rate"] = settings.sd
+    return timm.create_model(name, pretrained=pretrained, **(kwargs | settings.model_kwargs))
+
+
+def _refuse(settings: Settings, names: Collection[str]) -> None:
+    """UserError for options of other models that were chosen."""
+    for name in names:
+        if getattr(settings, name) != getattr(Settings, name):
+            raise UserError(
+                f"--{name} {getattr(settings, name)}: {settings.model_name} has no such thing; leave it out"
+            )
+
+
+def _freeze_backbone(model: nn.Module) -> None:
+    if isinstance(model, ViTGLSim):
+        freeze(model.base_model)
+    elif not isinstance(model, GLSimTimm):  # which keeps its adapters trained
+        classifier: Any = model.get_classifier()  # type: ignore[operator]
+        model.requires_grad_(False)
+        classifier.requires_grad_(True)

@@ -1,0 +1,325 @@
+"""GLSim around any timm ViT: `glsvit_*` and `glsdeit*` are timm's `vit_*` and `deit*`, cropping and aggregating.
+
+Axes: B batch, L blocks, H heads, N tokens of timm's model (CLS foremost, then registers), P patches, K patches that
+are left of them, O selected patches, D width, S image side in pixels, C classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from common.models.released import Entry, check_shapes, from_released, to_released
+from common.models.vit import freeze, is_plain, run_block, select_tokens
+from common.weights import explain_offline
+from glsim.model_utils.glsim import Selection, bare, bounding_boxes, crop, similarity
+
+PREFIX = "gls"
+BASE = "base_model."
+BOTTLENECK = 64  # width of an adapter
+# Models of the released program that timm no longer has, and never had weights for.
+GONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_medium_patch16_reg4_256": ("vit_medium_patch16_reg4_gap_256", {"class_token": True, "global_pool": "token"}),
+    "vit_base_patch16_reg8_gap_256": ("vit_base_patch16_reg4_gap_256", {"reg_tokens": 8}),
+}
+WORDS: dict[str, tuple[str | None, ...]] = {
+    "classifier": ("cls", "pool", "cls_pool"),
+    "sim_metric": ("cos", "l1", "l2"),
+    "reducer": ("cls", None),
+    "aggregator_type": ("transformer", "dwsc", "conv"),
+    "adapter": ("bottleneck", None),
+}
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """The options of `GLSimTimm`, under their published names; UserError for values that mean nothing."""
+
+    model_name: str  # glsvit_* or glsdeit*, with or without timm's tag
+    num_classes: int = 1000
+    image_size: int = 224  # pixels, square
+    classifier: str = "cls"  # of the tokens: the first, the mean of all (pool), or it beside the mean of the others
+    test_flip: bool = False  # in evaluation, average the logits with those of the mirrored image
+    # Global-local similarity
+    dynamic_anchor: bool = False  # encode the crop that it finds as well
+    dynamic_top: int = 8  # patches that the crop is drawn around
+    sim_metric: str = "cos"  # cos, l1, l2
+    anchor_random: bool = False  # patches at random instead
+    anchor_class_token: bool = False  # a CLS token of the crop's own, where the model has one at all
+    crop_inclusive: bool = False  # do not cut off the last selected row and column
+    inference_crops: bool = True  # crop in evaluation too
+    select_top_k: bool = False  # no crop: the selected tokens themselves go on
+    # The encoder, and what is behind it
+    sd: float = 0.0  # stochastic depth of the last block; timm's rise up to it
+    token_drop: float = 0.0  # share of the patches left out in training, other ones for image and crop
+    freeze_backbone: bool = False  # train only what is behind the encoder, and the crop's CLS token
+    adapter: str | None = None  # bottleneck: a residual one behind each block, trained instead of the encoder
+    reducer: str | None = None  # cls: only the global representations of image and crop go on
+    aggregator: bool = False
+    aggregator_type: str = "transformer"  # a block of the encoder's kind; dwsc, conv: see ConvBlock
+    aggregator_num_hidden_layers: int | None = None  # None: 1
+    aggregator_norm: bool = False  # behind the aggregator
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm's model
+
+    def __post_init__(self) -> None:
+        if not self.model_name.startswith(("glsvit_", "glsdeit")):
+            raise UserError(f"there is no model {self.model_name!r}: expected glsvit_* or glsdeit*")
+        for name, allowed in WORDS.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}")
+        for name in ("sd", "token_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: expected 0 or more, and less than 1")
+        if self.select_top_k and not self.dynamic_anchor:
+            raise UserError("select_top_k selects patches as dynamic_anchor does: give both, or neither")
+        two = self.select_top_k or (self.dynamic_anchor and self.inference_crops)
+        if self.classifier == "cls_pool" and self.reducer == "cls" and not two:
+            raise UserError("classifier 'cls_pool' reads further tokens, of which reducer 'cls' leaves none: use 'cls'")
+
+    @property
+    def crops(self) -> bool:
+        """Whether images are cropped at all."""
+        return self.dynamic_anchor and not self.select_top_k
+
+
+class ConvBlock(nn.Module):
+    """Pre-norm residual block: a convolution over each token and its two neighbours in the sequence, then GELU.
+
+    `separable`: over the neighbours channel by channel, then over the channels (depthwise separable, dwsc).
+    """
+
+    def __init__(self, width: int, separable: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv: nn.Module = nn.Conv1d(width, width, 3, padding=1, groups=width if separable else 1)
+        if separable:
+            self.conv = nn.Sequential(self.conv, nn.Conv1d(width, width, 1))
+        self.act = nn.GELU()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.act(self.conv(self.norm(tokens).mT)).mT
+
+
+class GLSimTimm(nn.Module):
+    """GLSim whose encoder is an unmodified timm VisionTransformer, `base_model`: `GLSimTimm("glsvit_...", ...)`.
+
+    `kwargs` are the other options of TimmConfig; `pretrained` takes timm's weights. Registers leave behind the encoder.
+    As released, an `aggregator_norm` stands in place of the encoder's norm, so that similarity compares tokens as the
+    last block leaves them. Models without CLS keep their norm; their global representation is what timm pools, and
+    similarity compares their patches with the mean of these.
+
+    Raises UserError for a name that is no VisionTransformer of timm's, an image that the patches do not tile, and more
+    patches asked for than there are.
+    """
+
+    def __init__(self, model_name: str, *, pretrained: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.options = options = TimmConfig(model_name, **kwargs)
+        self.config = asdict(options)  # the arguments that build it again, for model.json
+        self.base_model = vit = _build_vit(options, pretrained)
+        width = vit.num_features
+        self.grid = vit.patch_embed.grid_size[0]  # patches a side
+        self.patch_size = options.image_size // self.grid  # pixels
+        self.kept = max(1, int(self.grid**2 * (1 - options.token_drop)))  # patches that training sees
+        if options.dynamic_anchor and not 1 <= options.dynamic_top <= self.kept:
+            raise UserError(
+                f"dynamic_top {options.dynamic_top}: expected 1 to {self.kept}, the patches that the model sees"
+            )
+        self.cls_token_crops: nn.Parameter | None = None
+        if options.dynamic_anchor and options.anchor_class_token and vit.cls_token is not None:
+            self.cls_token_crops = nn.Parameter(vit.cls_token.detach().clone())
+        self.adapters = nn.ModuleList(_adapter(width) for _ in vit.blocks if options.adapter)
+        self.aggregator = _build_aggregator(options, width)
+        if options.aggregator and options.aggregator_norm and vit.cls_token is not None:
+            vit.norm = nn.Identity()
+        self.head = nn.Linear(width * (2 if options.classifier == "cls_pool" else 1), options.num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)  # as timm's
+        nn.init.zeros_(self.head.bias)
+        if options.freeze_backbone or options.adapter:
+            freeze(vit)
+        crop_is_read = options.crops and (options.aggregator or options.classifier != "cls")
+        if self.cls_token_crops is not None and not crop_is_read:
+            self.cls_token_crops.requires_grad_(False)
+
+    def forward(self, images: Tensor, ret_dist: bool = False) -> Any:
+        """Return logits (B, C) of images (B, 3, S, S), and also the crops (B, 3, S, S) where it crops.
+
+        `ret_dist` adds: the tokens (B, N, D) of the image that `select` takes, the tokens behind each block (L of
+        them), and for each block the attention probabilities and the raw scores, both (B, H, N, N). Raises UserError
+        for images of another shape, and with `ret_dist` for a model whose blocks are not timm's plain ones.
+        """
+        size = self.options.image_size
+        if images.ndim != 4 or images.shape[-2:] != (size, size):
+            raise UserError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {size}, {size})")
+        if ret_dist and not all(map(is_plain, self.base_model.blocks)):
+            raise UserError(f"{self.options.model_name} hands out no attention: its blocks are not timm's plain ones")
+        logits, crops, *dist = self._run(images, ret_dist)
+        if self.options.test_flip and not self.training:
+            logits = (logits + self._run(images.flip(-1))[0]) / 2
+        output = (logits,) if crops is None else (logits, crops)
+        if ret_dist:
+            return (*output, *dist)
+        return logits if crops is None else output
+
+    @torch.no_grad()
+    def select(self, tokens: Tensor, places: Tensor | None = None) -> Selection:
+        """Find the box around the patches most similar to the global representation, given tokens (B, N, D).
+
+        `places` (B, K) says where on the grid the patches among the tokens are, if not all are there.
+        """
+        options, patches = self.options, self._patches(tokens)
+        anchor = patches.mean(1, keepdim=True) if self.base_model.cls_token is None else tokens[:, :1]
+        found = similarity(torch.cat((anchor, patches), dim=1), options.sim_metric)  # (B, K)
+        if options.anchor_random:
+            indices = torch.rand_like(found).topk(options.dynamic_top).indices
+        else:
+            indices = found.topk(options.dynamic_top, largest=options.sim_metric == "cos").indices
+        if places is not None:
+            indices = places.gather(1, indices)
+        return Selection(found, indices, bounding_boxes(indices, self.grid, self.patch_size, options.crop_inclusive))
+
+    def _run(self, images: Tensor, ret_dist: bool = False) -> tuple[Any, ...]:
+        """Logits, crops or None, and what `ret_dist` adds."""
+        options, crops = self.options, None
+        x, places, *dist = self._encode(images, ret_dist=ret_dist)
+        if options.select_top_k:
+            selected = select_tokens(self._patches(x), self.select(x).indices)
+            tokens = torch.cat((self._global(x), selected), dim=1)  # (B, 1 + O, D)
+        else:
+            tokens = self._reduce(x)
+            if options.dynamic_anchor and (self.training or options.inference_crops):
+                crops = crop(images, self.select(x, places).boxes)
+                tokens = torch.cat((tokens, self._reduce(self._encode(crops, of_crop=True)[0])), dim=1)
+        return self.head(self._pool(self.aggregator(tokens))), crops, x, *dist
+
+    def _encode(self, images: Tensor, of_crop: bool = False, ret_dist: bool = False) -> tuple[Any, ...]:
+        """Tokens (B, N, D) behind the norm; the places (B, K) of the patches, or None; and what `ret_dist` adds."""
+        vit: Any = self.base_model
+        x = vit._pos_embed(vit.patch_embed(images))  # (B, N, D)
+        if of_crop and self.cls_token_crops is not None:
+            x = torch.cat((x[:, :1] + (self.cls_token_crops - vit.cls_token), x[:, 1:]), dim=1)
+        places = None
+        if self.training and self.options.token_drop:
+            places = torch.rand(len(x), self.grid**2, device=x.device).topk(self.kept).indices.sort().values
+            x = torch.cat((x[:, : vit.num_prefix_tokens], select_tokens(self._patches(x), places)), dim=1)
+        x = vit.norm_pre(x)
+        inter, probabilities, scores = [], [], []
+        for i, block in enumerate(vit.blocks):
+            if ret_dist:
+                x, q, k = run_block(block, x)
+                scores.append(q @ k.mT * q.shape[-1] ** -0.5)  # (B, H, N, N)
+                probabilities.append(scores[-1].softmax(-1))
+            elif vit.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if self.options.adapter:
+                x = x + self.adapters[i](x)
+            if ret_dist:
+                inter.append(x)
+        return vit.norm(x), places, inter, probabilities, scores
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        """The patches among the tokens of timm's model: (B, N, D) -> (B, K, D)."""
+        return tokens[:, self.base_model.num_prefix_tokens :]
+
+    def _global(self, tokens: Tensor) -> Tensor:
+        """The global representation: (B, N, D) -> (B, 1, D)."""
+        vit: Any = self.base_model
+        return vit.fc_norm(vit.pool(tokens))[:, None] if vit.cls_token is None else tokens[:, :1]
+
+    def _reduce(self, tokens: Tensor) -> Tensor:
+        """What goes on: the global representation (B, 1, D), or with it the patches (B, 1 + K, D)."""
+        if self.options.reducer == "cls":
+            return self._global(tokens)
+        return torch.cat((self._global(tokens), self._patches(tokens)), dim=1)
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        """What the head reads: (B, any number of tokens, D) -> (B, D), or (B, 2 D) for cls_pool."""
+        if self.options.classifier == "cls":
+            return tokens[:, 0]
+        if self.options.classifier == "pool":
+            return tokens.mean(1)
+        return torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), dim=1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's blocks in the backward pass instead of keeping their activations."""
+        self.base_model.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
+        """Return the authors' state_dict in this model's names; one that is in these already comes back unchanged.
+
+        The `model.` before every key of their checkpoints is optional. Raises UserError, naming `source`, where entries
+        are missing or unknown; shapes are left to the caller.
+        """
+        if any(key.startswith(BASE) for key in state_dict):
+            return dict(state_dict)
+        return from_released(bare(state_dict), self.state_dict(), self._layout(), source)
+
+    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the authors' state_dict in place.
+
+        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
+        """
+        state_dict = bare(state_dict)
+        converted = from_released(state_dict, self.state_dict(), self._layout(), "the checkpoint")
+        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
+        self.load_state_dict(converted)
+
+    def released_state_dict(self) -> dict[str, Tensor]:
+        """Return the state_dict under the authors' names, in their order."""
+        return to_released(self.state_dict(), self._layout())
+
+    def _layout(self) -> list[Entry]:
+        """Theirs is one flat module: timm's own parameters, the CLS token of crops, timm's modules, all else."""
+        encoder = [key for key in self.state_dict() if key.startswith(BASE)]
+        parameters = [key for key in encoder if key.count(".") == 1]
+        keys = dict.fromkeys((*parameters, "cls_token_crops", *encoder, *self.state_dict()))  # each once
+        return [Entry(key.removeprefix(BASE), key) for key in keys]
+
+
+def _build_vit(options: TimmConfig, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    name, size = options.model_name.removeprefix(PREFIX), options.image_size
+    name, changes = GONE.get(name, (name, {}))
+    own = {"img_size": size, "num_classes": 0, "drop_path_rate": options.sd}
+    untiled = f"image_size {size}: expected a multiple of the patch size of {options.model_name!r}"
+    try:
+        with explain_offline(name, pretrained):
+            vit = timm.create_model(name, pretrained=pretrained, **(changes | own | options.model_kwargs | kwargs))
+    except AssertionError as error:  # timm's, for one of its hybrids
+        raise UserError(untiled) from error
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"{options.model_name!r}: timm's {name!r} is no VisionTransformer but a {type(vit).__name__}")
+    side, rest = divmod(size, vit.patch_embed.feat_ratio())
+    if rest or vit.patch_embed.grid_size != (side, side):
+        raise UserError(untiled)
+    return vit
+
+
+def _build_aggregator(options: TimmConfig, width: int) -> nn.Sequential:
+    if not options.aggregator:
+        return nn.Sequential()
+    count = options.aggregator_num_hidden_layers or 1
+    if options.aggregator_type == "transformer":
+        blocks = list(_build_vit(options, pretrained=False, depth=count).blocks)
+    else:
+        blocks = [ConvBlock(width, options.aggregator_type == "dwsc") for _ in range(count)]
+    norm = [nn.LayerNorm(width)] if options.aggregator_norm else []  # epsilon 1e-5, as released
+    return nn.Sequential(*blocks, *norm)
+
+
+def _adapter(width: int) -> nn.Sequential:
+    """Houlsby et al., ICML 2019 (arXiv 1902.00751); it starts as zero, so that the encoder starts as it is."""
+    adapter = nn.Sequential(nn.Linear(width, BOTTLENECK), nn.GELU(), nn.Linear(BOTTLENECK, width))
+    for parameter in adapter[-1].parameters():
+        nn.init.zeros_(parameter)
+    return adapter

@@ -1,0 +1,440 @@
+"""GLSim (ISCAS 2025, arXiv 2407.12891) and what it is compared with: training and evaluation.
+
+    python tools/train.py --cfg configs/cub_ft_is224_medaugs.yaml --lr 0.01 --model_name vit_b16
+        --cfg_method configs/methods/glsim.yaml [--image_size 448]
+    python tools/train.py --ckpt_path ckpts/cub_glsim_224.pth --test_only      the authors' checkpoint, or ours
+    python tools/train.py --cfg_method configs/methods/glsim.yaml --demo       digits in the layout of CUB, on a CPU
+
+What the command line says wins over --cfg_method, which wins over --cfg. --ckpt_path alone evaluates; with --cfg or
+--transfer_learning training starts from it. Flags that turn something off do so as published; --no-... says it clearly.
+The best and the last checkpoint go to {results_dir}/{dataset}_{model}[_{patch}]_{serial}/, the run's own files and its
+record to runs/glsim/<time>-<id>/. --released: schedule and losses as in the released code (docs/fidelity.md).
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from common import dist
+from common.checkpoint import save_state
+from common.data import Data
+from common.data.loader import Order, Plan, shuffled
+from common.engine import Objective
+from common.errors import UserError
+from common.experiment import Experiment, Options
+from common.files import keep_earlier
+from common.log import Listener, say
+from common.metrics import Predictions
+from common.npz import download_npz
+from common.run import start
+from common.train import Session
+from glsim.data_utils.datasets import read
+from glsim.model_utils.build import NPZ, build_model
+from glsim.train_utils.demo import demo_settings, write_demo
+from glsim.train_utils.errors_page import draw_errors
+from glsim.train_utils.losses import make_objective
+from glsim.train_utils.schedule import Schedule, make_optimizer, make_schedule
+from glsim.train_utils.settings import Settings, switched_off
+from glsim.train_utils.speed import measure_speed
+from glsim.train_utils.trained import CONFIGS, classes_of, places_of, settings_of_checkpoint
+from glsim.train_utils.yaml_config import NO_EFFECT, WITHOUT_EFFECT, read_config, read_configs
+
+# train_val and test images of each data set, for records.
+COUNTS = {
+    "aircraft": (6667, 3333),
+    "cars": (8144, 8041),
+    "cotton": (240, 240),
+    "cub": (5994, 5794),
+    "dogs": (12000, 8580),
+    "flowers": (2040, 6149),
+    "food": (75750, 25250),
+    "inat17": (579184, 95986),
+    "nabirds": (23929, 24633),
+    "pets": (3680, 3669),
+    "soy": (600, 600),
+}
+
+
+@dataclass
+class Recipe(Settings):
+    epochs: int = 50
+    batch_size: int = 8  # images per process and iteration
+    gradient_accumulation_steps: int = 1  # iterations that an update is made of; they enlarge the batch
+    lr: float = 0.01  # learning rate after the warm-up
+    base_lr: float | None = None  # learning rate for 8 images an update, in the place of --lr
+    opt: str = "sgd"  # optimizer, by timm's name; sgd has Nesterov momentum
+    momentum: float = 0.9
+    weight_decay: float = 0.0  # on all parameters but vectors
+    opt_eps: float | None = None  # epsilon of the optimizer; none: its own
+    opt_betas: list[float] | None = None  # betas of the optimizer; none: its own
+    clip_grad: float | None = 1.0  # the gradient is clipped to this norm; none: it is not
+    sched: Literal["cosine", "linear", "step"] = "cosine"  # how the learning rate falls
+    t_in_epochs: bool = False  # let it change every epoch, not every update
+    warmup_lr: float = 1e-6  # learning rate of the first update
+    warmup_steps: int = 500  # updates in which it rises; 0: see --warmup_epochs
+    warmup_epochs: int = 2  # epochs in which it rises where updates are not said
+    min_lr: float = 1e-5  # where the cosine ends
+    decay_epochs: int = 30  # of the step schedule
+    decay_rate: float = 0.1  # of the step schedule
+    seed: int = 0
+    fp16: bool = switched_off()  # mixed precision on a GPU; a CPU computes in fp32
+    eval_freq: int = 200  # epochs between two evaluations; the last epoch is evaluated too
+    log_freq: int = 100  # updates between two lines of the log
+    pin_memory: bool = switched_off()  # page-locked memory on the way to a GPU
+    cpu_workers: int = 8  # data-loading processes per training process, at most one a core
+    results_dir: str = "results_train"  # checkpoints in the published layout go below it
+    serial: int = 0  # part of their folder's name
+    test_only: bool = False  # evaluate --ckpt_path
+    test_only_bs1: bool = False  # the same, one image at a time: latency of streaming
+    test_multiple: int = 5  # times that the speed is measured in an evaluation
+    vis_errors: bool = False  # evaluate --ckpt_path, and draw what it gets wrong: one contact sheet
+    vis_errors_save: bool = False  # a picture of each error too
+    released: bool = False  # compute what the released code computed, not what the paper describes
+
+    # What common calls otherwise.
+    @property
+    def model(self) -> str:
+        return self.model_name
+
+    @property
+    def data_root(self) -> str:
+        return self.dataset_root_path
+
+    @property
+    def weights(self) -> str:
+        if self.ckpt_path is not None:
+            return self.ckpt_path
+        if not self.pretrained:
+            return "none"
+        return str(self.npz) if self.npz is not None else "pretrained"
+
+    @property
+    def npz(self) -> Path | None:
+        """Google's weights, where the model starts from them."""
+        name = NPZ.get(self.model_name)
+        return None if name is None else Path(self.weights_dir) / f"{name}.npz"
+
+    @property
+    def column(self) -> str | None:
+        """The column of the paper's tables."""
+        if self.model_name == "vit_b16":
+            return "glsim" if self.dynamic_anchor else "vit"
+        return self.model_name if self.model_name in ("resnet101", "cal", "transfg", "ffvt") else None
+
+
+def data(recipe: Recipe) -> Data:
+    return read(recipe)
+
+
+def build(recipe: Recipe, num_classes: int) -> nn.Module:
+    return build_model(recipe, num_classes, pretrained=recipe.weights == "pretrained")
+
+
+def optimize(recipe: Recipe, parameters: Iterable[nn.Parameter], plan: Plan) -> tuple[Optimizer, Schedule]:
+    rate = learning_rate(recipe, plan.size)
+    optimizer = make_optimizer(
+        parameters, recipe.opt, rate, recipe.momentum, recipe.weight_decay, recipe.opt_eps, recipe.opt_betas
+    )
+    schedule = make_schedule(
+        optimizer,
+        recipe.sched,
+        epochs=recipe.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        accumulate=plan.accumulate,
+        released=recipe.released,
+        t_in_epochs=recipe.t_in_epochs,
+        warmup_steps=recipe.warmup_steps,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        decay_epochs=recipe.decay_epochs,
+        decay_rate=recipe.decay_rate,
+    )
+    return optimizer, schedule
+
+
+class PublishedFiles(Listener):
+    """{model}_best.pth and {model}_last.pth, in the layout of the authors' checkpoints, without pickled objects."""
+
+    def __init__(self, recipe: Recipe, classes: list[str]) -> None:
+        self.recipe, self.classes = recipe, classes
+        self.folder = results_folder(recipe)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}): see --results_dir") from error
+        self.accuracy: float | None = None
+        self.epoch: float | None = None
+        say(f"checkpoints: {self.folder}")
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if kind == "val":
+            self.accuracy, self.epoch = values["top1"], values["epoch"]
+
+    def best(self, model: nn.Module, first: bool) -> None:
+        self._write(model, "best", keep=first)
+
+    def last(self, model: nn.Module) -> None:
+        self._write(model, "last", keep=True)
+
+    def _write(self, model: nn.Module, which: str, keep: bool) -> None:
+        path = self.folder / f"{self.recipe.model_name}_{which}.pth"
+        if keep and (kept := keep_earlier(path)):
+            say(f"{path} of an earlier run is now {kept}")
+        released: Any = getattr(model, "released_state_dict", model.state_dict)
+        state = {f"model.{name}": tensor.cpu() for name, tensor in released().items()}
+        config = dataclasses.asdict(self.recipe) | {"num_classes": len(self.classes)}
+        content = {"config": config, "classes": self.classes, "epoch": self.epoch, "accuracy": self.accuracy}
+        save_state(path, content | {"model": state})
+
+
+def results_folder(recipe: Recipe) -> Path:
+    name = [recipe.dataset_name, recipe.model_name]
+    if recipe.dynamic_anchor and recipe.model_name.startswith("vit_"):
+        name.append(recipe.model_name[5:])  # side of a patch
+    return Path(recipe.results_dir) / "_".join([*name, str(recipe.serial)])
+
+
+class GLSimExperiment(Experiment):
+    """What this program's command line has of its own."""
+
+    @property
+    def script(self) -> str:
+        return "glsim/tools/train.py"
+
+    @property
+    def name(self) -> str:
+        return "glsim"
+
+    def configure(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        return read_configs(overrides, Recipe)
+
+    def mode(self, recipe: Recipe, options: Options) -> Options:
+        tests = [name for name in ("test_only", "test_only_bs1", "vis_errors", "vis_errors_save") if vars(recipe)[name]]
+        if options.eval or options.predict or options.resume:
+            return options
+        if tests and recipe.ckpt_path is None:
+            raise UserError(f"--{tests[0]} evaluates a checkpoint: name it with --ckpt_path")
+        trains = recipe.cfg is not None or recipe.transfer_learning
+        if recipe.ckpt_path is not None and (tests or not trains):
+            return replace(options, eval=recipe.ckpt_path)
+        return options
+
+    def recipe_of(self, recipe: Recipe, options: Options, checkpoint: Path, overrides: dict[str, Any]) -> Recipe:
+        values = settings_of_checkpoint(checkpoint, Recipe)
+        places = {} if options.demo else places_of(values.get("dataset_name"))
+        return replace(recipe, **(values | places | overrides))
+
+    def row(self, recipe: Recipe) -> str | None:
+        from common.papers import all_rows
+
+        row = f"glsim_{recipe.dataset_name}_{recipe.image_size}_{recipe.column}"
+        return row if row in all_rows() else None
+
+    def data_set(self, recipe: Recipe) -> str:
+        return recipe.dataset_name
+
+    def counts(self, recipe: Recipe) -> Mapping[str, int]:
+        return dict(zip(("train_val", "test"), COUNTS.get(recipe.dataset_name, ()), strict=False))
+
+    def prepare_data(self, recipe: Recipe, options: Options) -> None:
+        if options.demo:
+            write_demo(Path(recipe.dataset_root_path))
+
+    def demo_recipe(self, recipe: Recipe, options: Options, overrides: dict[str, Any]) -> Recipe:
+        return replace(recipe, **(self.demo | demo_settings(recipe, overrides, Path(options.output)) | overrides))
+
+    def fetch_weights(self, recipe: Recipe) -> None:
+        if recipe.npz is not None and recipe.weights == str(recipe.npz):
+            download_npz(recipe.npz.stem, recipe.npz.parent)
+
+    def with_weights(self, recipe: Recipe, source: str) -> Recipe:
+        return replace(recipe, ckpt_path=None, pretrained=source == "pretrained")
+
+    def options(self, recipe: Recipe, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
+        precision = options.precision
+        if "precision" not in chosen:
+            precision = "fp16" if recipe.fp16 and device.type != "cpu" else "fp32"
+        return replace(
+            options,
+            precision=precision,
+            accumulate=recipe.gradient_accumulation_steps,
+            eval_batch_size=1 if recipe.test_only_bs1 else recipe.batch_size,
+            pin_memory=recipe.pin_memory,
+            workers=min(recipe.cpu_workers, os.cpu_count() or 1),
+            log_every=recipe.log_freq,
+        )
+
+    def global_batch_size(self, recipe: Recipe) -> int:
+        return recipe.batch_size * recipe.gradient_accumulation_steps * dist.size()
+
+    def evaluate_every(self, recipe: Recipe, plan: Plan) -> int:
+        return recipe.eval_freq * plan.steps_per_epoch
+
+    def order(self, recipe: Recipe, count: int, seed: int) -> Order:
+        return repeated(shuffled(count, seed), recipe.ra) if recipe.ra else shuffled(count, seed)
+
+    def max_norm(self, recipe: Recipe) -> float | None:
+        return recipe.clip_grad
+
+    def objective_of(self, recipe: Recipe, num_classes: int) -> Objective:
+        return make_objective(recipe, num_classes, recipe.released)
+
+    def optimizer(self, recipe: Recipe, model: nn.Module, plan: Plan) -> tuple[Optimizer, Any]:
+        return optimize(recipe, (p for p in model.parameters() if p.requires_grad), plan)
+
+    def alterations(self, recipe: Recipe, trained: bool) -> list[str]:
+        return altered(recipe, trained)
+
+    def advice(self, recipe: Recipe, options: Options, device: torch.device) -> list[str]:
+        if recipe.fp16 and options.precision == "fp32" and device.type == "cpu" and not options.demo:
+            return ["note: mixed precision, which is on, is for a GPU; a CPU, slow at fp16, computes in fp32"]
+        return []
+
+    def evaluated(self, session: Session, model: nn.Module, predictions: Predictions) -> dict[str, Any]:
+        recipe: Recipe = session.recipe
+        images = session.data.test
+        batch = torch.stack([images[i][0] for i in range(min(session.loading.eval_batch_size, len(images)))])
+        speed = measure_speed(model, batch.to(session.device), session.precision, recipe.test_multiple)
+        say(
+            f"speed: {speed['images_per_s']:.1f} images/s, {speed['latency_ms']:.2f} ms for a batch of "
+            f"{len(batch)} (median of {recipe.test_multiple})"
+        )
+        if dist.is_main() and (recipe.vis_errors or recipe.vis_errors_save):
+            folder = results_folder(recipe) / "errors"
+            draw_errors(model, images, predictions, session.device, folder, each=recipe.vis_errors_save)
+        return {"evaluation_speed": speed}
+
+    def listener(self, session: Session, step: int) -> Listener:
+        return PublishedFiles(session.recipe, session.data.classes)
+
+    def without_data(self, recipe: Recipe, checkpoint: Path) -> tuple[list[str], Any]:
+        from glsim.data_utils.transforms import transforms
+
+        return classes_of(checkpoint, recipe), transforms(recipe)[1]
+
+
+def learning_rate(recipe: Recipe, processes: int) -> float:
+    """`lr`, or what `base_lr` gives for the batch of an update; `released`: several processes have another rule."""
+    if recipe.base_lr is None:
+        return recipe.lr
+    effective = recipe.batch_size * recipe.gradient_accumulation_steps * processes
+    if recipe.released:
+        return recipe.base_lr * (recipe.batch_size / 8 if processes == 1 else processes * effective / 256)
+    return recipe.base_lr * effective / 8
+
+
+def repeated(order: Order, times: int) -> Order:
+    """Repeated augmentation: each image `times` in a row, in an epoch as long as before."""
+
+    def repeat(epoch: int) -> list[int]:
+        indices = order(epoch)
+        return [index for index in indices for _ in range(times)][: len(indices)]
+
+    return repeat
+
+
+# What the paper leaves to the run, or says for each data set; and where things lie.
+FREE = {"cfg", "cfg_method", "lr", "seed", "serial", "fp16", "eval_freq", "log_freq", "cpu_workers", "released"}
+FREE |= {"dataset_root_path", "weights_dir", "results_dir", "train_trainval", "test_multiple", "debugging"}
+FREE |= {"test_only", "test_only_bs1", "vis_errors", "vis_errors_save", "batch_size", "gradient_accumulation_steps"}
+SEARCHED = (0.03, 0.01, 0.003, 0.001)  # learning rates
+# What an evaluation does not depend on.
+OF_TRAINING = {field.name for field in dataclasses.fields(Recipe)} - {
+    field.name for field in dataclasses.fields(Settings)
+}
+OF_TRAINING |= {"pretrained", "ckpt_path", "transfer_learning", "resize_size", "horizontal_flip", "trivial_aug"}
+OF_TRAINING |= {"re", "re_sh", "re_r1", "ra", "cm", "mu", "ls", "smoothing", "sd", "folder_train", "df_train"}
+
+
+def altered(recipe: Recipe, trained: bool) -> list[str]:
+    """How the recipe differs from the paper's row, with weak or medium augmentation, whichever is nearer."""
+    experiments = [CONFIGS / f"{recipe.dataset_name}_ft_is224_{augs}augs.yaml" for augs in ("weak", "med")]
+    if recipe.column is None or not all(path.is_file() for path in experiments):
+        return []
+    method: dict[str, Any] = {"model_name": recipe.model_name, "image_size": recipe.image_size}
+    if recipe.column in ("glsim", "cal"):
+        method |= read_config(CONFIGS / "methods" / f"{recipe.column}.yaml", Recipe)
+    names = {field.name for field in dataclasses.fields(recipe)} - FREE - (set() if trained else OF_TRAINING)
+    changes = []
+    for path in experiments:
+        wanted = vars(Recipe(**(read_config(path, Recipe) | method)))
+        changes.append([f"{n} {wanted[n]} -> {vars(recipe)[n]}" for n in sorted(names) if vars(recipe)[n] != wanted[n]])
+    found = min(changes, key=len)
+    batch = recipe.batch_size * recipe.gradient_accumulation_steps * dist.size()
+    if trained and batch != Recipe.batch_size:
+        found.append(f"batch {Recipe.batch_size} -> {batch}")
+    if trained and (recipe.lr not in SEARCHED or recipe.base_lr is not None):
+        found.append(f"lr: one of {', '.join(map(str, SEARCHED))} -> {learning_rate(recipe, dist.size())}")
+    return found
+
+
+EXPERIMENT = GLSimExperiment(
+    Recipe,
+    data,
+    build,
+    optimize,
+    dataset="",
+    demo=dict(epochs=20, batch_size=16, lr=0.03, warmup_steps=100, eval_freq=5, cpu_workers=2),
+    separator="_",
+    has_configuration=True,
+    no_flags=dict.fromkeys(WITHOUT_EFFECT, NO_EFFECT),
+    places=("dataset_root_path", "weights_dir", "results_dir", "ckpt_path"),
+    names={
+        "data_root": "dataset_root_path",
+        "weights": "ckpt_path",
+        "accumulate": "gradient_accumulation_steps",
+        "eval_batch_size": "batch_size",
+        "workers": "cpu_workers",
+        "pin_memory": "pin_memory",
+        "log_every": "log_freq",
+        "model": "model_name",
+    },
+    may_be_zero=frozenset(
+        {
+            "seed",
+            "serial",
+            "weight_decay",
+            "momentum",
+            "warmup_steps",
+            "warmup_epochs",
+            "warmup_lr",
+            "min_lr",
+            "ra",
+            "re",
+        }
+        | {
+            "mix_prob",
+            "smoothing",
+            "focal_gamma",
+            "sd",
+            "token_drop",
+            "jitter_prob",
+            "jitter_bcs",
+            "jitter_hue",
+            "blur",
+        }
+        | {
+            "greyscale",
+            "solarize_prob",
+            "solarize",
+            "cpu_workers",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        }
+    ),
+)
+
+if __name__ == "__main__":
+    start(EXPERIMENT)

@@ -1,0 +1,132 @@
+"""Trained models from any of their files: a run's folder, {model}_best.pth, or a checkpoint of the authors."""
+
+import csv
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import transforms as T
+
+from common.errors import UserError
+from common.predict import read_model_info
+from common.weights import load_checkpoint, read_pickle, read_state_dict
+from glsim.data_utils.transforms import resize_size, transforms
+from glsim.model_utils.build import build_model
+from glsim.model_utils.config import MODEL_NAMES, ViTConfig
+from glsim.train_utils.settings import Settings
+from glsim.train_utils.yaml_config import read_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# What a checkpoint's configuration says of its training and of the machine, and not of the model.
+OF_THE_PLACE = {"cfg", "cfg_method", "ckpt_path", "weights_dir", "transfer_learning", "pretrained", "debugging"}
+OF_THE_PLACE |= {"dataset_root_path", "folder_train", "folder_val", "folder_test"}
+OF_THE_PLACE |= {"df_train", "df_trainval", "df_val", "df_test", "df_classid_classname"}
+
+
+@dataclass
+class Trained:
+    """A model ready to use."""
+
+    model: nn.Module  # in evaluation mode, on its device
+    settings: Settings
+    classes: list[str]
+    transform: T.Compose  # of test images
+    name: str  # for titles and folders
+
+
+def load_trained(path: str | Path, device: torch.device, **changes: Any) -> Trained:
+    """Load a model; `changes` are Settings to have otherwise (dynamic_top, image_size, ...).
+
+    Raises UserError where the file is missing, damaged, or does not say what model it is of, and where it holds pickled
+    objects other than tensors and the argparse.Namespace of the authors' checkpoints.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "model.json").is_file():
+        info = read_model_info(folder)
+        if info["script"] != "glsim":
+            raise UserError(f"{folder} is a run of {info['script']}, not of glsim: use it with that script")
+        known = {field.name for field in fields(Settings)}
+        values = {name: value for name, value in info["recipe"].items() if name in known}
+        settings, classes = Settings(**(values | changes)), list(info["classes"])
+    else:
+        values = settings_of_checkpoint(path)
+        if not values and "model_name" not in changes:
+            raise UserError(f"{path} does not say what model it is of: name it with --model_name")
+        settings = Settings(**(values | places_of(values.get("dataset_name")) | changes))
+        classes = classes_of(path, settings)
+    model = build_model(settings, len(classes))
+    load_checkpoint(model, path)
+    return Trained(model.eval().to(device), settings, classes, transforms(settings)[1], settings.model_name)
+
+
+def settings_of_checkpoint(path: str | Path, settings_class: type = Settings) -> dict[str, Any]:
+    """Return what the configuration in a .pth file says, by fields of `settings_class`; nothing where it has none.
+
+    Where its data lie, on another machine, is left out: see `places_of`.
+    """
+    config = _config(Path(path))
+    known = {field.name for field in fields(settings_class)} - OF_THE_PLACE
+    values = {
+        name: value for name, value in config.items() if name in known and not name.startswith(("test_only", "vis_"))
+    }
+    return _without_defaults(values) if values else {}
+
+
+def places_of(dataset_name: str | None) -> dict[str, Any]:
+    """Return where the data lie by the shipped configuration of the data set, if there is one."""
+    path = CONFIGS / "datasets" / f"{dataset_name}.yaml"
+    return read_config(path) if path.is_file() else {}
+
+
+def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The released builder writes what follows from the model's name into its configuration: taken out again."""
+    name = values.get("model_name")
+    if name in MODEL_NAMES:
+        own = vars(ViTConfig(name))
+        sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "representation_size")
+        for field in (*sizes, "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if values.get(field) == own[field]:
+                values[field] = None
+    rule = Settings(**{name: values[name] for name in ("dataset_name", "image_size") if name in values})
+    for field in ("resize_size", "test_resize_size"):
+        if values.get(field) == resize_size(rule):
+            values[field] = None
+    return values
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    content = _content(path)
+    config = content.get("config")
+    if isinstance(config, Namespace):
+        return vars(config)
+    return config if isinstance(config, Mapping) else {}
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    """Everything in the file; of one that is none of PyTorch's, or missing, `load_checkpoint` will say so."""
+    if path.suffix not in (".pth", ".pt", ".bin") or not path.is_file():
+        return {}
+    content = read_pickle(path)
+    return content if isinstance(content, Mapping) else {}
+
+
+def classes_of(path: Path, settings: Settings) -> list[str]:
+    """Return the class names: those in the checkpoint, else of the data set's list, else numbers."""
+    classes = _content(path).get("classes")
+    if isinstance(classes, list):
+        return [str(name) for name in classes]
+    state = read_state_dict(path)
+    heads = [len(value) for key, value in state.items() if key.endswith(("head.bias", "fc.bias", "net.fc.weight"))]
+    count = heads[-1] if heads else 0
+    file = Path(settings.dataset_root_path) / settings.df_classid_classname
+    if file.is_file():
+        with open(file, newline="", encoding="utf-8") as lines:
+            names = {int(row["class_id"]): row["class_name"] for row in csv.DictReader(lines)}
+        if names.keys() == set(range(count)):
+            return [names[number] for number in range(count)]
+    return [str(number) for number in range(count)]

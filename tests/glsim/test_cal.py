@@ -1,0 +1,411 @@
+"""glsim.model_utils.cal: the figures of the released class, the attention's crops and losses written out, files."""
+
+import copy
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from formula import check_figures, fill, fill_image
+from torch import nn
+
+from common.errors import UserError
+from common.weights import load_checkpoint, load_weights
+from glsim.model_utils import cal
+from glsim.model_utils.cal import CAL, CENTER_RATE, Classifier, attended, bilinear_pooling, padded_boxes
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "glsim_builders.json").read_text())["cal"]
+LABELS = torch.tensor([3, 7])
+
+
+def fill_released(model):
+    """Fill a model by the keys that its entries have in a released file; the centres of the classes are zero."""
+    entries = model.released_state_dict().items()
+    model.load_released({key: fill(key, v.shape) if v.is_floating_point() else v for key, v in entries})
+    return model.eval()
+
+
+def tiny(num_classes=10, seed=0, **arguments):
+    """A small model with attention of its own for every place: BatchNorm's scales differ from channel to channel."""
+    torch.manual_seed(seed)
+    model = CAL(num_classes, **{"backbone": "resnet18", "num_maps": 4, **arguments})
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model.eval()
+
+
+def images(batch=2, size=64):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(size)) - 0.5
+
+
+def assert_figures(tensor, figures):
+    atol = 1e-7 * figures["abs_sum"]
+    sums = {key: value for key, value in figures.items() if key != "first"}
+    expected = {key: value if key == "shape" else pytest.approx(value, abs=atol) for key, value in sums.items()}
+    assert check_figures(tensor) == expected
+    assert tensor.flatten()[: len(figures["first"])].tolist() == pytest.approx(figures["first"], abs=5e-6)
+
+
+# The recorded figures of the released class.
+
+
+@pytest.fixture(scope="module")
+def resnet101():
+    return fill_released(CAL(10))
+
+
+def test_names_shapes_order_and_parameters_are_the_released_ones(resnet101):
+    assert sum(parameter.numel() for parameter in resnet101.parameters()) == GOLDEN["num_params"]
+    entries = resnet101.released_state_dict().items()
+    lines = "".join(f"{key}:{'x'.join(map(str, value.shape))}\n" for key, value in entries)
+    assert {"n": len(entries), "sha1": hashlib.sha1(lines.encode()).hexdigest()} == GOLDEN["state_dict"]
+
+
+@torch.no_grad()
+def test_one_look_equals_the_released_class(resnet101):
+    seen = resnet101.look(fill_image(2, 3, 224, 224))
+    torch.testing.assert_close(seen.logits, torch.tensor(GOLDEN["single_crop_logits"]), atol=5e-6, rtol=0)
+    torch.testing.assert_close(seen.effect, torch.tensor(GOLDEN["raw_minus_counterfactual"]), atol=5e-6, rtol=0)
+    assert_figures(seen.pooled, GOLDEN["pooled"])
+    assert_figures(seen.maps.mean(1, keepdim=True), GOLDEN["mean_map"])
+    loss = F.cross_entropy(seen.logits, LABELS).item()
+    assert loss == pytest.approx(GOLDEN["single_crop_loss"], abs=5e-6)
+
+
+@torch.no_grad()
+def test_six_views_equal_the_released_class(resnet101):
+    batch = fill_image(2, 3, 224, 224)
+    logits, views = resnet101.multi_crop(batch)
+    torch.testing.assert_close(logits, torch.tensor(GOLDEN["logits"]), atol=5e-6, rtol=0)
+    as_released = views.unflatten(0, (3, 2)).permute(2, 3, 4, 5, 1, 0).flatten(4)  # image, its crops; mirrored, its
+    assert_figures(as_released, GOLDEN["views"])
+    resnet101.multi_crop = lambda _: (logits, views)
+    loss, same = resnet101(batch, LABELS)
+    assert torch.equal(same, logits)
+    assert loss.item() == pytest.approx(GOLDEN["loss"], abs=5e-6)
+
+
+# The parts, written out.
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 5, 4, 4), (3, 2, 4, 2, 7)], ids=str)
+def test_bilinear_pooling_equals_loops_in_float64(shape):
+    batch, channels, num_maps, height, width = shape
+    generator = torch.Generator().manual_seed(batch)
+    features = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    maps = torch.randn(batch, num_maps, height, width, generator=generator, dtype=torch.float64).relu()
+    pooled = bilinear_pooling(features, maps)
+    for row in range(batch):
+        means = [(maps[row, m] * features[row, c]).mean().item() for m in range(num_maps) for c in range(channels)]
+        roots = [math.copysign(math.sqrt(abs(mean) + 1e-6), mean) if mean else 0.0 for mean in means]
+        norm = math.sqrt(sum(root**2 for root in roots)) or 1.0
+        assert pooled[row].tolist() == pytest.approx([root / norm for root in roots], abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_bilinear_pooling_and_logits_are_float32_under_autocast(dtype):
+    generator = torch.Generator().manual_seed(0)
+    features, maps = torch.rand(2, 2, 6, 4, 4, generator=generator).to(dtype)
+    with torch.autocast("cpu", dtype):
+        pooled = bilinear_pooling(features, maps)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, bilinear_pooling(features.float(), maps.float()))
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        seen = tiny().look(images())
+    assert (seen.maps.dtype, seen.logits.dtype, seen.effect.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def slow_attended(heat, share, size):
+    """Return what the one map `heat`, resized with corners aligned, has above a share of its maximum."""
+    height, width = heat.shape
+    pixels = torch.zeros(size, size, dtype=torch.float64)
+    for row in range(size):
+        for column in range(size):
+            y, x = row * (height - 1) / (size - 1), column * (width - 1) / (size - 1)
+            top, left = min(int(y), height - 2), min(int(x), width - 2)
+            corners = heat[top : top + 2, left : left + 2].double()
+            down, right = y - top, x - left
+            upper = corners[0, 0] * (1 - right) + corners[0, 1] * right
+            lower = corners[1, 0] * (1 - right) + corners[1, 1] * right
+            pixels[row, column] = upper * (1 - down) + lower * down
+    return pixels > share * pixels.max()
+
+
+def slow_box(where):
+    size = len(where)
+    places = where.nonzero().tolist() or [[0, 0], [size - 1, size - 1]]
+    padding, box = int(0.1 * size), []
+    for axis in (0, 1):
+        numbers = [place[axis] for place in places]
+        box += [max(min(numbers) - padding, 0), min(max(numbers) + 1 + padding, size)]
+    return box
+
+
+def slow_crop(image, box):
+    part = image[:, box[0] : box[1], box[2] : box[3]]
+    return F.interpolate(part[None], image.shape[-2:], mode="bilinear", align_corners=True)[0]
+
+
+def test_thresholds_and_boxes_equal_loops_over_pixels():
+    heat = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0)) ** 4
+    shares = torch.tensor([0.2, 0.5, 0.9, 0.0])
+    where = attended(heat, shares, 31)
+    assert [slow_attended(*pair, 31).tolist() for pair in zip(heat, shares, strict=True)] == where.tolist()
+    assert torch.equal(attended(heat, 0.5, 31)[1], where[1])
+    spots = torch.zeros(5, 31, 31, dtype=torch.bool)
+    spots[0, 0, 30] = spots[1, 30, 0] = spots[2, 15, 15] = spots[3, 3, 4:20] = True  # and nothing in the last
+    every = torch.cat((where, spots))
+    assert padded_boxes(every).tolist() == [slow_box(one) for one in every]
+    assert padded_boxes(every)[-1].tolist() == [0, 31, 0, 31]
+
+
+def test_attention_to_nothing_leaves_the_image_whole():
+    where = attended(torch.zeros(1, 4, 4), 0.3, 8)
+    assert not where.any()
+
+
+@torch.no_grad()
+def test_evaluation_is_the_mean_over_the_image_its_crops_and_the_same_mirrored():
+    model, batch = tiny(), images(3)
+    strongest = model.look(batch).maps.amax().item()
+    nn.init.constant_(model.attention[1].bias, -0.7 * strongest)  # few places are attended to
+    logits, views = model.multi_crop(batch)
+    assert torch.equal(model(batch), logits)
+    changed = 0
+    for row, image in enumerate(batch):
+        expected, seen = [], []
+        for one in (image, image.flip(-1)):
+            look = model.look(one[None])
+            heat = look.maps[0].mean(0)
+            crops = [slow_crop(one, slow_box(slow_attended(heat, share, 64))) for share in (0.3, 0.2)]
+            seen += [one, *crops]
+            expected += [look.logits, *(model.look(view[None]).logits for view in crops)]
+        torch.testing.assert_close(views[[0, 2, 4, 1, 3, 5], row], torch.stack(seen), atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[row], torch.cat(expected).mean(0), atol=1e-4, rtol=0)
+        changed += not torch.equal(seen[1], image)
+    assert changed  # crops are no whole images here
+    model.single_crop = True
+    assert torch.equal(model(batch), model.look(batch).logits)
+    assert not torch.allclose(model(batch), logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_augmentation_crops_around_one_map_and_drops_what_another_attends_to(monkeypatch):
+    monkeypatch.setattr(cal, "CROP_TRAIN", (0.5, 0.5))
+    monkeypatch.setattr(cal, "DROP_TRAIN", (0.3, 0.3))
+    batch = images(3, 32)
+    maps = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) ** 6
+    possible = []
+    for image, heats in zip(batch, maps, strict=True):
+        crops = [slow_crop(image, slow_box(slow_attended(heat, 0.5, 32))) for heat in heats]
+        drops = [torch.where(slow_attended(heat, 0.3, 32), torch.zeros(()), image) for heat in heats]
+        possible.append((crops, drops))
+    model, counts = tiny(), {}
+    for _ in range(40):
+        cropped, dropped = model.augment(batch, maps).chunk(2)
+        for row, (crops, drops) in enumerate(possible):
+            from_map = [torch.allclose(cropped[row], crop, atol=1e-5) for crop in crops].index(True)
+            less_map = [torch.equal(dropped[row], drop) for drop in drops].index(True)
+            counts[from_map, less_map] = counts.get((from_map, less_map), 0) + 1
+    assert len(counts) == 4  # each map for each purpose, independently
+
+
+@torch.no_grad()
+def test_strong_maps_are_drawn_more_often_and_thresholds_from_their_ranges(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cal, "attended", lambda maps, shares, size: seen.append((maps, shares)) or maps > 9)
+    maps = torch.tensor([1.0, 4.0, 9.0, 0.0])[None, :, None, None].expand(3000, 4, 2, 2)
+    torch.manual_seed(0)
+    tiny().augment(torch.zeros(3000, 3, 2, 2), maps)
+    for (drawn, shares), (low, high) in zip(seen, ((0.4, 0.6), (0.2, 0.5)), strict=True):
+        for value, share in ((1, 1 / 6), (4, 2 / 6), (9, 3 / 6), (0, 0)):  # square roots of 1, 4, 9
+            assert (drawn[:, 0, 0] == value).float().mean().item() == pytest.approx(share, abs=0.03)
+        assert low <= shares.min() < low + 0.01
+        assert high - 0.01 < shares.max() <= high
+
+
+@torch.no_grad()
+def test_counterfactual_attention_is_random_with_mean_one_in_training_and_one_in_evaluation(monkeypatch):
+    model, batch = tiny(), images()
+    expected = model.look(batch)
+    uniform = bilinear_pooling(model.base_model(batch), torch.ones_like(expected.maps))
+    torch.testing.assert_close(expected.effect, expected.logits - model.classifier(100 * uniform))
+    model.training = True  # BatchNorm stays in evaluation
+    first, second = model.look(batch), model.look(batch)
+    assert torch.equal(first.logits, expected.logits)
+    assert not torch.equal(first.effect, second.effect)
+    monkeypatch.setattr(torch, "rand_like", lambda maps: torch.full_like(maps, 0.5))
+    assert torch.equal(model.look(batch).effect, expected.effect)
+
+
+def smoothed(logits, labels, smoothing):
+    log_p = logits.log_softmax(-1)
+    rows = torch.arange(len(labels))
+    return (-(1 - smoothing) * log_p[rows, labels] - smoothing * log_p.mean(-1)).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_is_that_of_logits_and_effects_of_three_views_and_the_distance_to_the_centres(smoothing):
+    model, looks = tiny(smoothing_value=smoothing).train(), []
+    nn.init.normal_(model.classifier.feature_center, std=0.02)
+    centers, look = model.classifier.feature_center[LABELS].clone(), model.look
+
+    def spy(batch):
+        looks.append((batch, look(batch)))
+        return looks[-1][1]
+
+    model.look = spy
+    batch = images()
+    loss, logits = model(batch, LABELS)
+    (first, seen), (augmented, again) = looks
+    assert torch.equal(first, batch)
+    assert torch.equal(logits, seen.logits)
+    assert augmented.shape == (4, 3, 64, 64)
+    assert not augmented.requires_grad
+    expected = (seen.pooled - centers).square().sum() / 2
+    for of_image, of_others in ((seen.logits, again.logits), (seen.effect, again.effect)):
+        for view in (of_image, *of_others.chunk(2)):
+            expected = expected + smoothed(view, LABELS, smoothing) / 3
+    torch.testing.assert_close(loss, expected)
+    evaluated, logits = model.eval()(batch, LABELS)
+    torch.testing.assert_close(evaluated, smoothed(logits, LABELS, smoothing))
+
+
+def test_centres_follow_the_mean_features_of_their_class():
+    classifier, labels = Classifier(6, 4).double(), torch.tensor([2, 0, 2, 2])
+    nn.init.normal_(classifier.feature_center)
+    before, pooled = classifier.feature_center.clone(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    loss = classifier.center_loss(pooled, labels)
+    distances = [(pooled[row] - before[label]).square().sum() for row, label in enumerate(labels)]
+    torch.testing.assert_close(loss, sum(distances) / 4)
+    loss.backward()
+    torch.testing.assert_close(pooled.grad, 2 * (pooled - before[labels]).detach() / 4)
+    expected = before.clone()
+    expected[0] += CENTER_RATE * (pooled[1].detach() - before[0])
+    expected[2] += CENTER_RATE * (pooled[[0, 2, 3]].detach().mean(0) - before[2])
+    torch.testing.assert_close(classifier.feature_center, expected)
+
+
+def test_centres_are_a_buffer_that_training_alone_changes():
+    model = tiny()
+    center = model.classifier.feature_center
+    assert dict(model.named_buffers())["classifier.feature_center"] is center
+    assert (center.shape, center.requires_grad, center.grad_fn) == ((10, 4 * 512), False, None)
+    assert "classifier.feature_center" in model.state_dict()
+    assert copy.deepcopy(model).double().classifier.feature_center.dtype == torch.float64
+    model(images(), LABELS)
+    assert not center.any()
+    model.train()(images(), LABELS)[0].backward()
+    assert center.grad_fn is None
+    assert center.any(1).nonzero().flatten().tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_every_parameter_gets_a_gradient(dtype):
+    model = tiny().train()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss, _ = model(images(), LABELS)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@torch.no_grad()
+def test_training_without_labels_gives_logits_of_the_image_alone():
+    model, batch = tiny().train(), images()
+    assert torch.equal(model(batch), model.look(batch).logits)
+
+
+# Files and refusals.
+
+
+def test_released_files_load_with_their_prefix_and_ours_as_they_are():
+    model = tiny()
+    nn.init.ones_(model.classifier.feature_center)
+    own, entries = model.state_dict(), model.released_state_dict()
+    assert all(key.startswith("net.") for key in entries)
+    wrapped = {f"model.{key}": value for key, value in entries.items()}
+    for state in (model.from_released(entries), model.from_released(wrapped)):
+        assert state.keys() == own.keys()
+        assert not state.pop("classifier.feature_center").any()  # the authors' files have none
+        assert all(torch.equal(value, own[key]) for key, value in state.items())
+    assert all(torch.equal(value, own[key]) for key, value in model.from_released(own).items())
+    other = tiny(seed=1)
+    other.load_released(entries)
+    torch.testing.assert_close(other(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entries: entries.pop("net.attentions.bn.running_var"), r"lacks net\.attentions\.bn\.running_var"),
+        (lambda entries: entries.update({"net.fc.bias": torch.ones(1)}), r"unknown net\.fc\.bias"),
+        (lambda entries: entries.update({"net.fc.weight": torch.ones(3)}), r"net\.fc\.weight of shape \(3,\)"),
+    ],
+)
+def test_a_file_of_another_model_is_refused_and_changes_nothing(change, words):
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    entries = {key: value + 1 for key, value in model.released_state_dict().items()}
+    change(entries)
+    with pytest.raises(UserError, match=words):
+        model.load_released(entries)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_files_of_ours_of_the_authors_and_of_a_resnet_load(tmp_path):
+    trained, file = tiny(num_classes=5), tmp_path / "model.pth"
+    trained.train()(images(), LABELS % 5)
+    torch.save(trained.state_dict(), file)
+    same = tiny(num_classes=5, seed=1)
+    load_checkpoint(same, file)
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in trained.state_dict().items())
+    left = ["classifier.weight", "classifier.feature_center"]
+    assert load_weights(tiny(), file)["left"] == left  # 10 classes here, 5 there
+    with pytest.raises(UserError, match="trained for 5 classes, but this model has 10"):
+        load_checkpoint(tiny(), file)
+    torch.save({"model": {f"model.{key}": value for key, value in trained.released_state_dict().items()}}, file)
+    load_checkpoint(same, file)
+    assert not same.classifier.feature_center.any()
+    assert load_weights(tiny(), file)["left"] == left
+    backbone = timm.create_model("resnet18")
+    torch.save(backbone.state_dict(), file)
+    model = tiny()
+    assert set(load_weights(model, file)["left"]) == {key for key in model.state_dict() if "base_model" not in key}
+    assert torch.equal(model.base_model.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
+
+
+def test_the_configuration_builds_the_model_again():
+    model = tiny(num_classes=7, single_crop=True, smoothing_value=0.1, num_maps=3)
+    again = CAL(**json.loads(json.dumps(model.config))).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images()), model(images()))
+    assert (again.smoothing_value, again.config) == (0.1, model.config)
+
+
+def test_pretrained_weights_are_torchvisions_first_ones(monkeypatch):
+    asked, create_model = [], timm.create_model
+
+    def spy(name, pretrained, **arguments):
+        asked.append((name, pretrained))
+        return create_model(name, **arguments)
+
+    monkeypatch.setattr(cal.timm, "create_model", spy)
+    with torch.device("meta"):
+        CAL(7, pretrained=True)
+        CAL(7)
+    assert asked == [("resnet101.tv_in1k", True), ("resnet101.tv_in1k", False)]
+    assert "resnet101.tv_in1k" in timm.list_pretrained("resnet*")
+
+
+def test_images_that_are_not_square_are_refused():
+    with pytest.raises(UserError, match=r"shape \(2, 3, 64, 32\): CAL crops square images"):
+        tiny()(images()[..., :32])
