@@ -10,7 +10,7 @@ from scripts import ROOT, run_script
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIDELITY = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-PROGRAMS = [*SCRIPTS, "ffvt/train.py"]
+PROGRAMS = [*SCRIPTS, "ffvt/train.py", *(f"glsim/tools/{name}.py" for name in ("train", "inference", "vis_dfsm"))]
 
 
 def test_results_table_is_current() -> None:
@@ -24,8 +24,13 @@ def test_every_script_is_in_the_readme() -> None:
 
 
 def test_flags_in_the_readme_exist() -> None:
-    for program, section in (("gft_food101.py", "One row of the table"), ("ffvt/train.py", "FFVT")):
-        text = run_script(program, "--help").out
+    sections = {
+        "One row of the table": ("gft_food101.py",),
+        "FFVT": ("ffvt/train.py",),
+        "GLSim": tuple(f"glsim/tools/{name}.py" for name in ("train", "inference", "vis_dfsm", "demo", "calc_flops")),
+    }
+    for section, programs in sections.items():
+        text = "".join(run_script(program, "--help").out for program in programs)
         flags = set(re.findall(r"--[a-z][a-z_-]+", README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]))
         assert len(flags) > 10
         others = {"--nproc_per_node", "--runs"}  # of the launcher, and of common.results
@@ -54,11 +59,13 @@ def test_switched_differences_are_in_the_scripts() -> None:
         "BIT-1": ["resnetv2_101x3_bitm_coco.py", "resnetv2_101x3_bitm_food101.py"],
         "FFVT-1": ["ffvt/train.py"],
         "FFVT-2": ["ffvt/train.py"],
+        **{f"GLSIM-{number}": ["glsim/tools/train.py"] for number in (4, 5, 6)},
+        **{f"GLSIM-{n}": ["glsim/tools/inference.py", "glsim/tools/vis_dfsm.py"] for n in (7, 8, 9, 10)},
     }
     table = FIDELITY.partition("## Our reading")[0]
     assert set(re.findall(r"^\| ([A-Z]+-\d+) \|", table, re.MULTILINE)) == concerned.keys()
     for name, scripts in concerned.items():
-        assert [script for script in PROGRAMS if name in (ROOT / script).read_text(encoding="utf-8")] == scripts
+        assert [script for script in PROGRAMS if re.search(rf"\b{name}\b", (ROOT / script).read_text())] == scripts
 
 
 def test_make_targets_in_the_readme_exist() -> None:

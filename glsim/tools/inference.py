@@ -9,7 +9,8 @@
 The checkpoint is a file of the authors or of ours, or the folder of a run. Image and crop go side by side to
 {results_dir}/{model}[_{patch}]/, in the folders that the images have, masks beside them, and all classes to
 predictions.csv there. Images that cannot be read are left out and named; the exit status is then 1.
-Masks: see glsim/tools/heatmap.py, make_mask. --released draws them as the released program does.
+Masks: see glsim/tools/heatmap.py, make_mask. --released draws them as the released program does (docs/fidelity.md
+GLSIM-7, GLSIM-8, GLSIM-9, GLSIM-10).
 """
 
 import csv

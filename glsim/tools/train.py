@@ -8,7 +8,8 @@
 What the command line says wins over --cfg_method, which wins over --cfg. --ckpt_path alone evaluates; with --cfg or
 --transfer_learning training starts from it. Flags that turn something off do so as published; --no-... says it clearly.
 The best and the last checkpoint go to {results_dir}/{dataset}_{model}[_{patch}]_{serial}/, the run's own files and its
-record to runs/glsim/<time>-<id>/. --released: schedule and losses as in the released code (docs/fidelity.md).
+record to runs/glsim/<time>-<id>/. --released: schedule, focal loss and --base_lr as in the released code
+(docs/fidelity.md GLSIM-4, GLSIM-5, GLSIM-6).
 """
 
 import dataclasses
