@@ -15,9 +15,8 @@ from common.files import write_text
 from glsim.data_utils.annotations import PUBLISHED, READERS, Annotations, Row, read_annotations
 from glsim.data_utils.datasets import read_list
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.yaml_config import read_config
+from glsim.train_utils.yaml_config import CONFIGS, read_config
 
-CONFIGS = Path(__file__).parents[1] / "configs/datasets"
 # Share of train_val that is for training.
 FRACTION = 0.8
 FRACTIONS = {"dafb": 0.05, "food": 0.2}
@@ -25,7 +24,7 @@ FRACTIONS = {"dafb": 0.05, "food": 0.2}
 
 def settings_of(dataset_name: str) -> Settings:
     """The settings that the data set's own configuration file gives: where it lies, names of folders and files."""
-    return Settings(**read_config(CONFIGS / f"{dataset_name}.yaml"))
+    return Settings(**read_config(CONFIGS / "datasets" / f"{dataset_name}.yaml"))
 
 
 def write_splits(dataset_name: str, root: str | Path) -> Annotations:

@@ -42,8 +42,8 @@ from glsim.model_utils.timm_glsim import GLSimTimm
 from glsim.tools.heatmap import MASKS, gather, make_mask, overlay, to_picture
 from glsim.train_utils.demo import demo_settings, write_demo
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.trained import CONFIGS, Trained, load_trained
-from glsim.train_utils.yaml_config import read_config
+from glsim.train_utils.trained import Trained, load_trained
+from glsim.train_utils.yaml_config import CONFIGS, read_config
 
 MEGABYTE = 2**20
 MAX_UPLOAD = 10  # MB a picture

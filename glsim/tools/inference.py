@@ -43,8 +43,8 @@ from glsim.tools import heatmap
 from glsim.tools.train import Recipe
 from glsim.train_utils.demo import demo_settings, write_demo
 from glsim.train_utils.settings import Settings, switched_off
-from glsim.train_utils.trained import CONFIGS, Trained, load_trained
-from glsim.train_utils.yaml_config import read_config, read_configs
+from glsim.train_utils.trained import Trained, load_trained
+from glsim.train_utils.yaml_config import CONFIGS, read_config, read_configs
 
 DEMO_IMAGES = 8
 SETTINGS = {field.name for field in fields(Settings)} - {"cfg", "cfg_method", "ckpt_path"}

@@ -48,8 +48,8 @@ from glsim.train_utils.losses import make_objective
 from glsim.train_utils.schedule import Schedule, make_optimizer, make_schedule
 from glsim.train_utils.settings import Settings, switched_off
 from glsim.train_utils.speed import measure_speed
-from glsim.train_utils.trained import CONFIGS, classes_of, places_of, settings_of_checkpoint
-from glsim.train_utils.yaml_config import NO_EFFECT, WITHOUT_EFFECT, read_config, read_configs
+from glsim.train_utils.trained import classes_of, places_of, settings_of_checkpoint
+from glsim.train_utils.yaml_config import CONFIGS, NO_EFFECT, WITHOUT_EFFECT, read_config, read_configs
 
 # train_val and test images of each data set, for records.
 COUNTS = {

@@ -18,9 +18,8 @@ from glsim.data_utils.transforms import resize_size, transforms
 from glsim.model_utils.build import build_model
 from glsim.model_utils.config import MODEL_NAMES, ViTConfig
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.yaml_config import read_config
+from glsim.train_utils.yaml_config import CONFIGS, read_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # What a checkpoint's configuration says of its training and of the machine, and not of the model.
 OF_THE_PLACE = {"cfg", "cfg_method", "ckpt_path", "weights_dir", "transfer_learning", "pretrained", "debugging"}
 OF_THE_PLACE |= {"dataset_root_path", "folder_train", "folder_val", "folder_test"}

@@ -12,6 +12,7 @@ import yaml
 from common.errors import UserError
 from glsim.train_utils.settings import Settings
 
+CONFIGS = Path(__file__).parents[1] / "configs"  # the shipped files
 # Options that the released programs understand and their GLSim does nothing with, or only what it always does.
 WITHOUT_EFFECT = (
     *("anchor_size", "num_anchors", "anchor_pool_avg", "anchor_pool_stride", "anchor_conv_stem", "anchor_conv_stride"),

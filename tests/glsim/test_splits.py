@@ -14,7 +14,8 @@ from common.data.published import DATA_SETS
 from common.errors import UserError
 from glsim.data_utils.annotations import PUBLISHED, READERS
 from glsim.data_utils.datasets import read
-from glsim.data_utils.splits import CONFIGS, image_folder, settings_of, split_rows, write_splits
+from glsim.data_utils.splits import image_folder, settings_of, split_rows, write_splits
+from glsim.train_utils.yaml_config import CONFIGS
 
 SPLITS = json.loads((ROOT / "tests/golden/glsim_data_split.json").read_text())
 RECORDED = ["aircraft", "cars", "cotton", "cub", "dogs", "flowers", "food", "inat17", "nabirds", "pets"]
@@ -227,7 +228,7 @@ def test_imagenet_has_a_folder_for_the_test(tmp_path: Path) -> None:
 
 
 def test_every_configured_data_set_can_be_prepared() -> None:
-    names = {file.stem for file in CONFIGS.glob("*.yaml")}
+    names = {file.stem for file in (CONFIGS / "datasets").glob("*.yaml")}
     assert names == set(PUBLISHED)
     assert {name for name in names if settings_of(name).dataset_name != name} == set()
     assert set(WRITERS) == set(READERS)
