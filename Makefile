@@ -13,7 +13,7 @@ demos: .venv/.installed
 	$(BIN)/python glsim/tools/train.py --cfg_method glsim/configs/methods/glsim.yaml --demo
 
 test: .venv/.tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.tested
 	$(BIN)/ruff check .

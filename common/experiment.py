@@ -25,7 +25,7 @@ from common.metrics import Predictions
 from common.npz import missing_npz
 from common.provenance import alterations, has_batch_norm
 from common.recipe import OPTIONAL_VALUE
-from common.weights import explain_offline, load_weights, pretrained_report
+from common.weights import BEST, explain_offline, load_weights, pretrained_report
 
 NEWEST = "the newest"  # what --resume means without a folder
 
@@ -191,15 +191,30 @@ class Experiment:
         """Sentences to be said before training."""
         return []
 
-    def recipe_of(self, recipe: Any, options: Options, checkpoint: Path, overrides: dict[str, Any]) -> Any:
-        """The recipe that goes with a released checkpoint, where that says more than the command line."""
-        return recipe
+    def said_by(self, checkpoint: Path) -> dict[str, Any]:
+        """The recipe fields that a released checkpoint says."""
+        return {}
+
+    def recipe_of(self, recipe: Any, options: Options, said: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        """The recipe that goes with a checkpoint or a run, which has `said` these fields."""
+        return dataclasses.replace(recipe, **(said | overrides))
+
+    def model_arguments(self, recipe: Any) -> dict[str, Any]:
+        """What a timm model is built with, beside the number of classes."""
+        return recipe.model_kwargs
+
+    def save_memory(self, recipe: Any, options: Options) -> str:
+        """Flags with which less memory is needed, and the experiment stays the same."""
+        batch = self.global_batch_size(recipe)
+        share = batch // dist.size()
+        more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
+        return f"{self.flag('accumulate')} {more} (the batch of {batch} stays)"
 
     def evaluated(self, session: Any, model: nn.Module, predictions: Predictions) -> dict[str, Any]:
         """More entries for the record of --eval, and files; called on every process."""
         return {}
 
-    def without_data(self, recipe: Any, checkpoint: Path) -> tuple[list[str], Any] | None:
+    def without_data(self, recipe: Any, checkpoint: Path, why: str) -> tuple[list[str], Any] | None:
         """Class names and test transform for predictions of a bare checkpoint whose data set is not at hand."""
         return None
 
@@ -242,16 +257,17 @@ def make_model(experiment: Experiment, recipe: Any, num_classes: int, load: bool
     if load:
         with dist.main_first():
             experiment.fetch_weights(recipe)
-    if source not in words and not Path(source).is_file():
+    if source not in words and not (Path(source).is_file() or (Path(source) / BEST).is_file()):
         if source.endswith(".npz"):
             raise missing_npz(source, recipe.model)
         raise UserError(
             f"{experiment.flag('weights')} {source}: expected {', '.join(words)}, or an existing .npz, .safetensors, "
-            ".pth or .bin file"
+            ".pth or .bin file, or a run's folder"
         )
     pretrained = source == "pretrained"
+    offline = explain_offline(recipe.model, pretrained, experiment.flag("weights"))
     # Rank 0 downloads first, the others find the file in the cache.
-    with dist.main_first(), explain_offline(recipe.model, pretrained), _explain_kwargs(recipe):
+    with dist.main_first(), offline, _explain_kwargs(recipe):
         bare = recipe if pretrained else experiment.with_weights(recipe, "none")
         model = experiment.build(bare, num_classes)
     if pretrained:
@@ -272,17 +288,15 @@ def _explain_kwargs(recipe: Any) -> Iterator[None]:
         raise UserError(f"--model-kwargs {recipe.model_kwargs} do not fit {recipe.model} ({error})") from error
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
+def checkpoint_gradients(model: nn.Module, advice: str) -> None:
     """Turns --grad-checkpointing on; UserError where the model has no such thing, or where it would change it."""
     if has_batch_norm(model):  # recomputation would update its statistics twice
         raise UserError(
-            f"--grad-checkpointing: {type(model).__name__} has BatchNorm, which it would change; use --accumulate"
+            f"--grad-checkpointing: {type(model).__name__} has BatchNorm, which it would change; use {advice}"
         )
     if not hasattr(model, "set_grad_checkpointing"):
-        raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it; use --accumulate")
+        raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it; use {advice}")
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except AssertionError as error:  # timm's way to say no
-        raise UserError(
-            f"--grad-checkpointing: {type(model).__name__} does not support it; use --accumulate"
-        ) from error
+        raise UserError(f"--grad-checkpointing: {type(model).__name__} does not support it; use {advice}") from error

@@ -30,11 +30,14 @@ class Listener:
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """`kind` is train or val; `values` are those of log.jsonl."""
 
-    def best(self, model: nn.Module, first: bool) -> None:
-        """The model is the best so far; `first`: of this run nothing has been handed to `best` before."""
+    def best(self, model: nn.Module, entry: dict[str, Any], first: bool) -> None:
+        """The model is the best so far; `first`: of this run nothing has been handed to `best` before.
 
-    def last(self, model: nn.Module) -> None:
-        """The training is done and the model as it left it."""
+        `entry` is that of the evaluation: step, epoch, and the metrics `val`.
+        """
+
+    def last(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        """The training is done and the model as it left it; `entry` is that of its last evaluation."""
 
     def close(self) -> None:
         """The run ends or is stopped."""

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -111,15 +112,13 @@ def _explain_memory(experiment: Experiment, recipe: Any, options: Options) -> It
     try:
         yield
     except torch.OutOfMemoryError as error:
-        batch = experiment.global_batch_size(recipe)
-        share = batch // dist.size()
-        more = next((k for k in range(options.accumulate + 1, share + 1) if share % k == 0), share)
+        share = experiment.global_batch_size(recipe) // dist.size()
         half = "use --precision bf16, or " if options.precision == "fp32" else "or use "
         raise UserError(
             f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
-            f"with {experiment.flag('accumulate')} {more} (the batch of {batch} stays; in evaluation "
-            f"{experiment.flag('eval_batch_size')}), {half}{experiment.flag('grad_checkpointing')}; "
-            f"{experiment.flag('batch_size')} changes the experiment"
+            f"with {experiment.save_memory(recipe, options)} (in evaluation {experiment.flag('eval_batch_size')}), "
+            f"{half}{experiment.flag('grad_checkpointing')}; "
+            f"{experiment.flag('batch_size')} alone changes the experiment"
         ) from error
 
 
@@ -162,7 +161,7 @@ def _check_numbers(experiment: Experiment, recipe: Any, options: Options) -> Non
         for name, value in vars(fields).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not (value >= 0 if name in may_be_zero else value > 0):
+            if not (math.isfinite(value) and (value >= 0 if name in may_be_zero else value > 0)):
                 least = "0 or more" if name in may_be_zero else "more than 0"
                 raise UserError(f"{experiment.flag(name)} {value}: expected {least}")
 
@@ -205,7 +204,7 @@ def _train(
     seed_everything(seed)
     model, weights = make_model(experiment, recipe, len(data.classes), load=folder is None)
     if options.grad_checkpointing:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, experiment.save_memory(recipe, options))
     if dist.size() > 1 and device.type == "cuda":  # else every process would normalise by its own share of the batch
         model = convert_sync_batchnorm(model)
     resume = folder is not None
@@ -257,6 +256,7 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
         f"{plan.batch_size // (plan.size * plan.accumulate)}, lr {rate:g}, {trainer.steps:,} steps, "
         f"seed {session.seed}, {options.precision}, {device_name(session.device)}"
     )
+    say(f"starting weights: {session.weights['source']}")
     say(f"run folder: {session.folder}")
 
 
@@ -299,7 +299,7 @@ def _model_info(session: Session, model: nn.Module) -> dict[str, Any]:
         "recipe": dataclasses.asdict(recipe),
         "weights": session.weights,
         "data": {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")},
-        "architecture": describe_model(model, len(data.classes), recipe.model_kwargs),
+        "architecture": describe_model(model, len(data.classes), session.experiment.model_arguments(recipe)),
         "classes": data.classes,
         "preprocessing": describe_transform(data.test.transform),
     }
@@ -317,12 +317,12 @@ def _checkpoint(
     if not (folder / "model.json").is_file():
         if path.is_dir():
             raise UserError(f"{path} is not the folder of a run: it has no model.json")
-        return path, experiment.recipe_of(recipe, options, path, overrides), None
+        return path, experiment.recipe_of(recipe, options, experiment.said_by(path), overrides), None
     _, info = open_run(str(folder), experiment.name)
     unknown = info["recipe"].keys() - {field.name for field in dataclasses.fields(recipe)}
     if unknown:
         raise UserError(f"{folder / 'model.json'} has the recipe field {min(unknown)}, which this script does not know")
-    return path, dataclasses.replace(recipe, **(info["recipe"] | overrides)), info
+    return path, experiment.recipe_of(recipe, options, info["recipe"], overrides), info
 
 
 def _load(model: nn.Module, path: Path, recipe: Any) -> None:
@@ -340,6 +340,7 @@ def _evaluate(
     device: torch.device,
 ) -> None:
     path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
+    _check_numbers(experiment, recipe, options)
     options = experiment.options(recipe, options, device, chosen)
     if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
         raise UserError(f"{experiment.flag('amp_backend')} apex is for training: evaluate without it")
@@ -350,6 +351,10 @@ def _evaluate(
     folder = _new_folder(experiment, recipe, options)
     weights = {"source": str(path), "sha256": sha256_of(path / "best.safetensors" if path.is_dir() else path)}
     session = Session(experiment, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
+    say(
+        f"{path}: {data.test.name} {data.test.split}, {len(data.test):,} images, {options.precision}, "
+        f"{device_name(device)}"
+    )
     with _explain_memory(experiment, recipe, options):
         tested, predictions = session.measure(model.to(device), data.test)
         validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
@@ -387,9 +392,8 @@ def _classes_and_transform(
     try:
         data = read_data(experiment, recipe, options)
     except UserError as error:
-        found = experiment.without_data(recipe, checkpoint)
+        found = experiment.without_data(recipe, checkpoint, str(error))
         if found is None:
             raise
-        say(f"note: classes are numbered from 1, because their names are in the data set ({error})")
         return found
     return data.classes, data.test.transform

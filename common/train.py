@@ -293,7 +293,7 @@ class Training:
     def _save_best(self) -> None:
         if dist.is_main() and self.best is not None:
             path = self.session.folder / "best.safetensors"
-            self.log.listener.best(self.model, first=not path.exists())
+            self.log.listener.best(self.model, self.best, first=not path.exists())
             val = self.best["val"]
             name, step = self.session.experiment.name, str(self.best["step"])
             note = {"script": name, "step": step, "val_top1": f"{val['top1']:.6f}"}
@@ -344,7 +344,7 @@ class Training:
         else:
             tested, predictions = session.measure(self.model, data.test)
         results = {"last": {**last, "test": tested}, "best": {**self.best, "test": tested}}
-        self.log.listener.last(self.model)
+        self.log.listener.last(self.model, last)
         if self.best["step"] != last["step"]:
             load_checkpoint(self.model, session.folder / "best.safetensors")
             results["best"]["test"], predictions = session.measure(self.model, data.test)

@@ -249,7 +249,7 @@ def _hub_file(config: Mapping[str, Any]) -> Path | None:
 
 
 @contextmanager
-def explain_offline(tag: str, pretrained: bool = True) -> Iterator[None]:
+def explain_offline(tag: str, pretrained: bool = True, flag: str = "--weights") -> Iterator[None]:
     """Turn failures to fetch the pretrained weights `tag`, while timm builds the model inside, into UserError.
 
     A hub that does not answer within HUB_PATIENCE seconds is not asked again: cached weights load at once and
@@ -267,7 +267,7 @@ def explain_offline(tag: str, pretrained: bool = True) -> Iterator[None]:
             reason = f"{endpoint} does not answer" if silent else str(error).strip().split("\n")[0]
             raise UserError(
                 f"the pretrained weights {tag} are not in {constants.HF_HUB_CACHE} and could not be downloaded "
-                f"({reason}): run once with a connection, or give a file with --weights FILE"
+                f"({reason}): run once with a connection, or give a file with {flag} FILE"
             ) from error
         if sentence := _not_in_timm(tag, error):
             raise UserError(sentence) from error

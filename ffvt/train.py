@@ -172,7 +172,7 @@ class ReleasedFiles(Listener):
             for name, tag in tags.items():
                 self.board.add_scalar(tag, values[name], step)
 
-    def best(self, model: nn.Module, first: bool) -> None:
+    def best(self, model: nn.Module, entry: dict[str, Any], first: bool) -> None:
         assert isinstance(model, FFVT)
         if first:  # another run of this name may have left its checkpoint, or the authors' own lies there
             with self._explain(self.checkpoint):
@@ -280,8 +280,9 @@ class FFVTExperiment(Experiment):
             )
         return sentences
 
-    def without_data(self, recipe: Recipe, checkpoint: Path) -> tuple[list[str], Any]:
+    def without_data(self, recipe: Recipe, checkpoint: Path, why: str) -> tuple[list[str], Any]:
         """The classifier says how many classes there are."""
+        say(f"note: classes are numbered from 1, because their names are in the data set ({why})")
         state = read_state_dict(checkpoint)
         count = next((len(value) for key, value in state.items() if key.endswith("head.bias")), 0)
         classes = [str(number) for number in range(1, count + 1)]

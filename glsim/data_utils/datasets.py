@@ -75,8 +75,9 @@ def read_list(file: Path) -> Listed:
     """Reads a list of images, each of which lies below the folder of the images and is listed once."""
     if not file.is_file():
         raise UserError(
-            f"{file} is not there: expected a list `class_id,dir` of images; make it with ./prepare_datasets.sh, copy "
-            "the published file there, or name its folder with --dataset_root_path"
+            f"{file} is not there: expected a list `class_id,dir` of images; make it with ./prepare_datasets.sh "
+            "(./scripts/download.sh says where data sets are), copy the published file there, or name its folder with "
+            "--dataset_root_path"
         )
     rows = _rows(file, "dir")
     if not rows:
@@ -88,6 +89,16 @@ def read_list(file: Path) -> Listed:
         if line_of.setdefault(image, line) != line:
             raise UserError(f"{file} lists {image} in line {line_of[image]} and in line {line}; take one of them out")
     return Listed(file, [image for _, _, image in rows], [class_id for _, class_id, _ in rows])
+
+
+def read_names(file: Path) -> dict[int, str]:
+    """Reads the names of the classes, by their ids."""
+    names: dict[int, str] = {}
+    for line, class_id, name in _rows(file, "class_name"):
+        if class_id in names:
+            raise UserError(f"{file}, line {line}: class {class_id} has a name already; take one of them out")
+        names[class_id] = name
+    return names
 
 
 def _rows(file: Path, value: str) -> list[tuple[int, int, str]]:
@@ -139,11 +150,7 @@ def _classes(names_file: Path, learned: list[Listed], test: Listed) -> list[str]
             )
     if not names_file.exists():
         return [str(number) for number in range(len(ids))]
-    names: dict[int, str] = {}
-    for line, class_id, name in _rows(names_file, "class_name"):
-        if class_id in names:
-            raise UserError(f"{names_file}, line {line}: class {class_id} has a name already; take one of them out")
-        names[class_id] = name
+    names = read_names(names_file)
     nameless = ids - names.keys()
     if nameless:
         raise UserError(

@@ -11,7 +11,8 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import keep_earlier, write_atomically
+from common.log import say
 from glsim.data_utils.annotations import PUBLISHED, READERS, Annotations, Row, read_annotations
 from glsim.data_utils.datasets import read_list
 from glsim.train_utils.settings import Settings
@@ -31,7 +32,8 @@ def write_splits(dataset_name: str, root: str | Path) -> Annotations:
     """Writes the five csv files below `root` from the original annotation files there, and returns what these say.
 
     Data sets that are mere folders of images have no published split: the first 80 % of each class by file name are
-    train_val; but a train_val.csv and test.csv that are there already, the published ones, stay.
+    train_val; but a train_val.csv and test.csv that are there already, the published ones, stay. Other files that were
+    there and differ get a number (train.1.csv).
 
     Raises:
         UserError: an annotation file or a listed image is missing, a file is damaged, or a csv cannot be written.
@@ -118,4 +120,7 @@ def write_names(file: Path, names: Mapping[int, str]) -> None:
 def _write(file: Path, table: Iterable[tuple[object, str]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
-    write_text(file, text.getvalue())
+    content = text.getvalue().encode()
+    if file.is_file() and file.read_bytes() != content:  # the published one, it may be
+        say(f"{file} had other lines: that file is now {keep_earlier(file)}")
+    write_atomically(file, lambda opened: opened.write(content))

@@ -19,8 +19,11 @@ TIGHT = ("cars", "ncfm", *CIFAR)
 # custom_mean_std: 0.5 of these; of every other data set what was recorded on CUB, although it is not CUB's own.
 HALF = ("dafb", "moe")
 CUSTOM_MEAN, CUSTOM_STD = (0.3659524, 0.42010019, 0.41562049), (0.07625843, 0.04599726, 0.06182727)
-# Options and the largest value that they can have.
-LIMITS = {"jitter_prob": 1, "jitter_hue": 0.5, "blur": 1, "greyscale": 1, "solarize_prob": 1, "re": 1}
+# Options, and the least and the largest value that they can have.
+LIMITS: dict[str, tuple[float, float]] = dict.fromkeys(
+    ("jitter_prob", "blur", "greyscale", "solarize_prob", "re"), (0, 1)
+)
+LIMITS |= {"jitter_hue": (0, 0.5), "solarize": (0, 255), "re_sh": (0.02, 1), "re_r1": (0.01, 3.3)}
 
 Colour = tuple[float, float, float]
 
@@ -32,9 +35,9 @@ def transforms(settings: Settings) -> tuple[T.Compose, T.Compose]:
     released the option fails. Raises UserError for a crop larger than what it is cut from, and for a value outside of
     its range.
     """
-    for name, limit in LIMITS.items():
-        if not 0 <= getattr(settings, name) <= limit:
-            raise UserError(f"--{name} {getattr(settings, name)}: expected a number from 0 to {limit}")
+    for name, (least, most) in LIMITS.items():
+        if not least <= getattr(settings, name) <= most:
+            raise UserError(f"--{name} {getattr(settings, name)}: expected a number from {least} to {most}")
     mean, std = mean_std(settings)
     tensor = [T.ToTensor(), T.Normalize(mean, std)]
     test = T.Compose([*_test_cut(settings), *tensor])

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import UserError
 from common.models.vit import freeze
@@ -22,6 +23,8 @@ from glsim.model_utils.timm_glsim import GLSimTimm, TimmConfig
 from glsim.train_utils.settings import Settings
 
 COMPARATORS = ("transfg", "ffvt", "cal", *RESNETS)
+# Comparators with parts beside backbone and classifier, which start at random.
+WITH_OWN_PARTS = ("transfg", "ffvt", "cal")
 # Google's .npz for models that are no timm model's own.
 NPZ = {
     "vit_b16": "ViT-B_16",
@@ -42,7 +45,7 @@ OF_GLSIM = (
     *OF_TIMM_ALONE,
     *OF_VIT_ALONE,
     *("dynamic_anchor", "sim_metric", "anchor_random", "anchor_class_token", "crop_inclusive", "test_flip"),
-    *("reducer", "aggregator", "aggregator_num_hidden_layers", "aggregator_norm"),
+    *("reducer", "aggregator", "aggregator_num_hidden_layers", "aggregator_norm", "classifier", "dynamic_top"),
 )
 
 
@@ -52,8 +55,12 @@ def build_model(settings: Settings, num_classes: int, pretrained: bool = False) 
     Raises UserError for an unknown name, and for settings that the model has no use for.
     """
     name = settings.model_name
+    if name != "cal":
+        _refuse(settings, ("cal_single_crop",))
+    if settings.freeze_backbone and name in WITH_OWN_PARTS:
+        raise UserError(f"--freeze_backbone: {name} has parts that would stay random; say --no-freeze_backbone")
     if name in MODEL_NAMES:
-        model: nn.Module = _build_vit(settings, num_classes)
+        model: nn.Module = _build_vit(settings, num_classes, pretrained)
     elif name.startswith(TIMM_PREFIX):
         model = _build_timm_glsim(settings, num_classes, pretrained)
     elif name in COMPARATORS:
@@ -70,8 +77,22 @@ def top_patches(settings: Settings) -> int:
     return settings.dynamic_top * (2 if settings.dataset_name == "dogs" else 1)
 
 
-def _build_vit(settings: Settings, num_classes: int) -> ViTGLSim:
+def timm_arguments(settings: Settings) -> dict[str, Any]:
+    """What a timm model, named by its own name, is built with, beside the number of classes."""
+    arguments: dict[str, Any] = {"drop_path_rate": settings.sd} if settings.sd else {}
+    config = timm.get_pretrained_cfg(settings.model_name)
+    if config is not None and config.fixed_input_size:  # ViTs and their like: position embeddings are made to size
+        arguments["img_size"] = settings.image_size
+    return arguments | settings.model_kwargs
+
+
+def _build_vit(settings: Settings, num_classes: int, pretrained: bool) -> ViTGLSim:
     _refuse(settings, OF_TIMM_ALONE)
+    if pretrained and settings.model_name not in NPZ:
+        raise UserError(
+            f"--pretrained: there are no published weights for {settings.model_name}: use --no-pretrained, or a file "
+            "with --ckpt_path"
+        )
     taken = {field.name for field in fields(ViTConfig)} & {field.name for field in fields(Settings)}
     values: dict[str, Any] = {name: getattr(settings, name) for name in taken}
     values |= {"num_classes": num_classes, "dynamic_top": top_patches(settings), **settings.model_kwargs}
@@ -87,8 +108,9 @@ def _build_timm_glsim(settings: Settings, num_classes: int, pretrained: bool) ->
 
 
 def _build_comparator(settings: Settings, num_classes: int, pretrained: bool) -> nn.Module:
-    _refuse(settings, OF_GLSIM)
     name, size, kwargs = settings.model_name, settings.image_size, dict(settings.model_kwargs)
+    pools = name in RESNETS and settings.classifier == "pool"  # as they do anyway
+    _refuse(settings, [option for option in OF_GLSIM if not (pools and option == "classifier")])
     smoothing = settings.smoothing if settings.ls else 0.0
     if name == "transfg":
         slide_step = kwargs.pop("slide_step", 12)
@@ -98,8 +120,16 @@ def _build_comparator(settings: Settings, num_classes: int, pretrained: bool) ->
         num_token = kwargs.pop("num_token", 24 if settings.dataset_name == "dogs" else 12)
         return FFVT(vars(FFVT_CONFIGS["ViT-B_16"]) | kwargs, size, num_classes, True, num_token)
     if name == "cal":
+        _check_backbone(kwargs.get("backbone", "resnet101"))
         return CAL(num_classes, pretrained, settings.cal_single_crop, smoothing, **kwargs)
     return ResNet(name, num_classes, pretrained, **kwargs)
+
+
+def _check_backbone(name: Any) -> None:
+    """UserError for what is no ResNet that timm has torchvision's weights for: CAL takes their sizes."""
+    resnets = [resnet for resnet in timm.list_models(module="resnet") if timm.is_model_pretrained(f"{resnet}.tv_in1k")]
+    if name not in resnets:
+        raise UserError(f"--model_kwargs backbone={name}: cal stands on one of {', '.join(resnets)}")
 
 
 def _build_timm(settings: Settings, num_classes: int, pretrained: bool) -> nn.Module:
@@ -111,15 +141,13 @@ def _build_timm(settings: Settings, num_classes: int, pretrained: bool) -> nn.Mo
             f"did you mean {near[0]}?" if near else f"choose {', '.join((*MODEL_NAMES, *COMPARATORS))} or timm's name"
         )
         raise UserError(f"--model_name {name}: there is no such model; {hint}")
-    kwargs: dict[str, Any] = {"num_classes": num_classes}
-    config = timm.get_pretrained_cfg(name)
-    if (
-        config is not None and config.fixed_input_size
-    ):  # ViTs and their like, whose position embeddings are made to size
-        kwargs["img_size"] = settings.image_size
-    if settings.sd:
-        kwargs["drop_path_rate"] = settings.sd
-    return timm.create_model(name, pretrained=pretrained, **(kwargs | settings.model_kwargs))
+    arguments = timm_arguments(settings)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    except TypeError as error:
+        if settings.sd and "drop_path_rate" in str(error):
+            raise UserError(f"--sd {settings.sd}: {name} has no such thing; say --sd 0") from error
+        raise
 
 
 def _refuse(settings: Settings, names: Collection[str]) -> None:
@@ -136,5 +164,14 @@ def _freeze_backbone(model: nn.Module) -> None:
         freeze(model.base_model)
     elif not isinstance(model, GLSimTimm):  # which keeps its adapters trained
         classifier: Any = model.get_classifier()  # type: ignore[operator]
-        model.requires_grad_(False)
-        classifier.requires_grad_(True)
+        freeze(model)
+        for module in classifier if isinstance(classifier, tuple) else (classifier,):  # two of distilled models
+            module.requires_grad_(True)
+        model.register_forward_pre_hook(_keep_statistics)
+
+
+def _keep_statistics(model: nn.Module, _: Any) -> None:
+    """Let BatchNorms that are frozen compute as in evaluation; of the whole model, as DDP replaces single ones."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()

@@ -1,6 +1,6 @@
 """Demo page: a picture in; its classes, the crop and a map of what the model looks at out. In the browser, by Gradio.
 
-    pip install -e '.[demo]'
+    pip install 'gradio>=6.31'
     python tools/demo.py [--ckpt_path ckpts/cub_glsim_224.pth ...] [--examples samples/] [--port 7860]
     python tools/demo.py --demo       digits, and a small model whose weights are random
 
@@ -288,7 +288,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UserError("the page needs Gradio: pip install -e '.[demo]' in the repository") from error
+        raise UserError("the page needs Gradio: pip install 'gradio>=6.31'") from error
     device = dist.choose_device(arguments.device, dist.detect())
     if arguments.demo:
         trained, examples = make_demo(folder, device)
@@ -307,14 +307,14 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for an error of the user."""
+    """The command line. Returns 0, or 1 for an error of the user."""
     arguments = _parse(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="glsim-") as folder:
             run(arguments, Path(folder))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     return 0
 
 

@@ -7,8 +7,9 @@
     python tools/inference.py --demo     digits, and without --ckpt_path a small model whose weights are random
 
 The checkpoint is a file of the authors or of ours, or the folder of a run. Image and crop go side by side to
-{results_dir}/{model}[_{patch}]/, in the folders that the images have, masks beside them, and all classes to
-predictions.csv there. Images that cannot be read are left out and named; the exit status is then 1.
+{results_dir}/{model}[_{patch}]/, in the folders that the images have, masks beside them, and what is printed to
+predictions.csv there (an earlier one gets a number). Images that cannot be read are left out and named; the exit status
+is then 1.
 Masks: see glsim/tools/heatmap.py, make_mask. --released draws them as the released program does (docs/fidelity.md
 GLSIM-7, GLSIM-8, GLSIM-9, GLSIM-10).
 """
@@ -32,7 +33,7 @@ from common import dist
 from common.data.images import BadImage, load_image
 from common.engine import logits_of
 from common.errors import UserError
-from common.files import write_csv
+from common.files import keep_earlier, write_csv
 from common.predict import find_images
 from common.recipe import parse
 from glsim.data_utils.datasets import read
@@ -57,7 +58,7 @@ class Request(Settings):
     batch_size: int = 8  # images at a time
     results_dir: str = "results_inference"  # everything goes below it
     save_crops_only: bool = switched_off()  # image and crop alone; off: a figure that says the classes and has the mask
-    vis_mask: str | None = None  # also draw this mask over the image
+    vis_mask: str | None = None  # gls[im_norm], glsim_L, attention[_L], rollout[[_FROM]_TO], psm[_H], maws[_L], asim
     vis_mask_all: bool = False  # also draw one mask of each kind, in one figure
     vis_mask_sq: bool = False  # also draw the similarity of the patches alone, a square each
     vis_mask_pow: bool = False  # masks to the 4th power
@@ -207,6 +208,7 @@ def infer(trained: Trained, images: dict[Path, Path], request: Request) -> int:
             stem = name.with_suffix("") if stems[name.with_suffix("")] == 1 else name
             _write(view, "\n".join(text), str(folder / stem), request)
     if len(rows) > 1:
+        keep_earlier(folder / "predictions.csv")
         write_csv(folder / "predictions.csv", rows)
         print(f"pictures and predictions.csv: {folder}")
     return unreadable

@@ -23,6 +23,7 @@ from typing import Any, Literal
 if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import timm
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -41,15 +42,16 @@ from common.npz import download_npz
 from common.run import start
 from common.train import Session
 from glsim.data_utils.datasets import read
-from glsim.model_utils.build import NPZ, build_model
+from glsim.data_utils.transforms import transforms
+from glsim.model_utils.build import NPZ, build_model, timm_arguments
 from glsim.train_utils.demo import demo_settings, write_demo
 from glsim.train_utils.errors_page import draw_errors
 from glsim.train_utils.losses import make_objective
 from glsim.train_utils.schedule import Schedule, make_optimizer, make_schedule
 from glsim.train_utils.settings import Settings, switched_off
 from glsim.train_utils.speed import measure_speed
-from glsim.train_utils.trained import classes_of, places_of, settings_of_checkpoint
-from glsim.train_utils.yaml_config import CONFIGS, NO_EFFECT, WITHOUT_EFFECT, read_config, read_configs
+from glsim.train_utils.trained import OF_THE_DATA, classes_of, settings_of_checkpoint
+from glsim.train_utils.yaml_config import CONFIGS, ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT, read_config, read_configs
 
 # train_val and test images of each data set, for records.
 COUNTS = {
@@ -168,40 +170,34 @@ def optimize(recipe: Recipe, parameters: Iterable[nn.Parameter], plan: Plan) -> 
 class PublishedFiles(Listener):
     """{model}_best.pth and {model}_last.pth, in the layout of the authors' checkpoints, without pickled objects."""
 
-    def __init__(self, recipe: Recipe, classes: list[str]) -> None:
-        self.recipe, self.classes = recipe, classes
-        self.folder = results_folder(recipe)
+    def __init__(self, session: Session) -> None:
+        self.recipe, self.classes = session.recipe, session.data.classes
+        self.folder = results_folder(session.recipe, session.options.demo)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}): see --results_dir") from error
-        self.accuracy: float | None = None
-        self.epoch: float | None = None
         say(f"checkpoints: {self.folder}")
 
-    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if kind == "val":
-            self.accuracy, self.epoch = values["top1"], values["epoch"]
+    def best(self, model: nn.Module, entry: dict[str, Any], first: bool) -> None:
+        self._write(model, "best", entry, keep=first)
 
-    def best(self, model: nn.Module, first: bool) -> None:
-        self._write(model, "best", keep=first)
+    def last(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        self._write(model, "last", entry, keep=True)
 
-    def last(self, model: nn.Module) -> None:
-        self._write(model, "last", keep=True)
-
-    def _write(self, model: nn.Module, which: str, keep: bool) -> None:
+    def _write(self, model: nn.Module, which: str, entry: dict[str, Any], keep: bool) -> None:
         path = self.folder / f"{self.recipe.model_name}_{which}.pth"
         if keep and (kept := keep_earlier(path)):
             say(f"{path} of an earlier run is now {kept}")
         released: Any = getattr(model, "released_state_dict", model.state_dict)
         state = {f"model.{name}": tensor.cpu() for name, tensor in released().items()}
         config = dataclasses.asdict(self.recipe) | {"num_classes": len(self.classes)}
-        content = {"config": config, "classes": self.classes, "epoch": self.epoch, "accuracy": self.accuracy}
+        content = {"config": config, "classes": self.classes, "epoch": entry["epoch"], "accuracy": entry["val"]["top1"]}
         save_state(path, content | {"model": state})
 
 
-def results_folder(recipe: Recipe) -> Path:
-    name = [recipe.dataset_name, recipe.model_name]
+def results_folder(recipe: Recipe, demo: bool) -> Path:
+    name = [*(["demo"] if demo else []), recipe.dataset_name, recipe.model_name]
     if recipe.dynamic_anchor and recipe.model_name.startswith("vit_"):
         name.append(recipe.model_name[5:])  # side of a patch
     return Path(recipe.results_dir) / "_".join([*name, str(recipe.serial)])
@@ -223,6 +219,15 @@ class GLSimExperiment(Experiment):
 
     def mode(self, recipe: Recipe, options: Options) -> Options:
         tests = [name for name in ("test_only", "test_only_bs1", "vis_errors", "vis_errors_save") if vars(recipe)[name]]
+        if recipe.ckpt_path is not None and not Path(recipe.ckpt_path).exists():
+            raise UserError(
+                f"--ckpt_path {recipe.ckpt_path} does not exist: expected a checkpoint, or the folder of a run; "
+                "./scripts/download_ckpts.sh fetches the authors'"
+            )
+        if options.predict and recipe.ckpt_path is not None:
+            if options.checkpoint not in (None, recipe.ckpt_path):
+                raise UserError("--ckpt_path and --checkpoint name different models: give one of them")
+            return replace(options, checkpoint=recipe.ckpt_path)
         if options.eval or options.predict or options.resume:
             return options
         if tests and recipe.ckpt_path is None:
@@ -232,10 +237,14 @@ class GLSimExperiment(Experiment):
             return replace(options, eval=recipe.ckpt_path)
         return options
 
-    def recipe_of(self, recipe: Recipe, options: Options, checkpoint: Path, overrides: dict[str, Any]) -> Recipe:
-        values = settings_of_checkpoint(checkpoint, Recipe)
-        places = {} if options.demo else places_of(values.get("dataset_name"))
-        return replace(recipe, **(values | places | overrides))
+    def said_by(self, checkpoint: Path) -> dict[str, Any]:
+        return settings_of_checkpoint(checkpoint, Recipe)
+
+    def recipe_of(self, recipe: Recipe, options: Options, said: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
+        if options.demo:  # the digits lie where the demo has put them
+            said = said | {name: getattr(recipe, name) for name in OF_THE_DATA}
+            return replace(recipe, **(said | overrides))
+        return replace(recipe, **(said | self.configure(overrides) | overrides))
 
     def row(self, recipe: Recipe) -> str | None:
         from common.papers import all_rows
@@ -298,6 +307,13 @@ class GLSimExperiment(Experiment):
     def alterations(self, recipe: Recipe, trained: bool) -> list[str]:
         return altered(recipe, trained)
 
+    def model_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        return timm_arguments(recipe) if timm.is_model(recipe.model_name) else {}
+
+    def save_memory(self, recipe: Recipe, options: Options) -> str:
+        half, twice = max(1, recipe.batch_size // 2), 2 * recipe.gradient_accumulation_steps
+        return f"--batch_size {half} with --gradient_accumulation_steps {twice}, which keep the batch of an update"
+
     def advice(self, recipe: Recipe, options: Options, device: torch.device) -> list[str]:
         if recipe.fp16 and options.precision == "fp32" and device.type == "cpu" and not options.demo:
             return ["note: mixed precision, which is on, is for a GPU; a CPU, slow at fp16, computes in fp32"]
@@ -306,23 +322,24 @@ class GLSimExperiment(Experiment):
     def evaluated(self, session: Session, model: nn.Module, predictions: Predictions) -> dict[str, Any]:
         recipe: Recipe = session.recipe
         images = session.data.test
-        batch = torch.stack([images[i][0] for i in range(min(session.loading.eval_batch_size, len(images)))])
-        speed = measure_speed(model, batch.to(session.device), session.precision, recipe.test_multiple)
+        count = min(session.loading.eval_batch_size, len(images))
+        batch = torch.randn(count, 3, recipe.image_size, recipe.image_size, device=session.device)
+        speed = measure_speed(model, batch, session.precision, recipe.test_multiple)
         say(
             f"speed: {speed['images_per_s']:.1f} images/s, {speed['latency_ms']:.2f} ms for a batch of "
             f"{len(batch)} (median of {recipe.test_multiple})"
         )
         if dist.is_main() and (recipe.vis_errors or recipe.vis_errors_save):
-            folder = results_folder(recipe) / "errors"
-            draw_errors(model, images, predictions, session.device, folder, each=recipe.vis_errors_save)
+            folder = results_folder(recipe, session.options.demo) / "errors"
+            each = recipe.vis_errors_save
+            draw_errors(model, images, predictions, session.device, session.precision, folder, each)
         return {"evaluation_speed": speed}
 
     def listener(self, session: Session, step: int) -> Listener:
-        return PublishedFiles(session.recipe, session.data.classes)
+        return PublishedFiles(session)
 
-    def without_data(self, recipe: Recipe, checkpoint: Path) -> tuple[list[str], Any]:
-        from glsim.data_utils.transforms import transforms
-
+    def without_data(self, recipe: Recipe, checkpoint: Path, why: str) -> tuple[list[str], Any]:
+        say(f"note: the names of the classes are those in the checkpoint, or numbers from 0 ({why})")
         return classes_of(checkpoint, recipe), transforms(recipe)[1]
 
 
@@ -348,14 +365,14 @@ def repeated(order: Order, times: int) -> Order:
 
 # What the paper leaves to the run, or says for each data set; and where things lie.
 FREE = {"cfg", "cfg_method", "lr", "seed", "serial", "fp16", "eval_freq", "log_freq", "cpu_workers", "released"}
-FREE |= {"dataset_root_path", "weights_dir", "results_dir", "train_trainval", "test_multiple", "debugging"}
+FREE |= {"dataset_root_path", "weights_dir", "results_dir", "test_multiple", "debugging", "pin_memory"}
 FREE |= {"test_only", "test_only_bs1", "vis_errors", "vis_errors_save", "batch_size", "gradient_accumulation_steps"}
 SEARCHED = (0.03, 0.01, 0.003, 0.001)  # learning rates
 # What an evaluation does not depend on.
 OF_TRAINING = {field.name for field in dataclasses.fields(Recipe)} - {
     field.name for field in dataclasses.fields(Settings)
 }
-OF_TRAINING |= {"pretrained", "ckpt_path", "transfer_learning", "resize_size", "horizontal_flip", "trivial_aug"}
+OF_TRAINING |= {"pretrained", "ckpt_path", "transfer_learning", "train_trainval", "horizontal_flip", "trivial_aug"}
 OF_TRAINING |= {"re", "re_sh", "re_r1", "ra", "cm", "mu", "ls", "smoothing", "sd", "folder_train", "df_train"}
 
 
@@ -390,8 +407,8 @@ EXPERIMENT = GLSimExperiment(
     demo=dict(epochs=20, batch_size=16, lr=0.03, warmup_steps=100, eval_freq=5, cpu_workers=2),
     separator="_",
     has_configuration=True,
-    no_flags=dict.fromkeys(WITHOUT_EFFECT, NO_EFFECT),
-    places=("dataset_root_path", "weights_dir", "results_dir", "ckpt_path"),
+    no_flags=dict.fromkeys(WITHOUT_EFFECT, NO_EFFECT) | ELSEWHERE,
+    places=("dataset_root_path", "weights_dir", "results_dir", "cpu_workers", "pin_memory", "log_freq"),
     names={
         "data_root": "dataset_root_path",
         "weights": "ckpt_path",

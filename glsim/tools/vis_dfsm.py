@@ -41,7 +41,7 @@ class Request(Recipe):
     batch_size: int = 8  # images
     results_dir: str = "results_inference"  # the figure goes there
     vis_split: Literal["test", "train"] = "test"  # images of this split
-    vis_mask: str = "gls"
+    vis_mask: str = "gls"  # gls[im_norm], glsim_L, attention[_L], rollout[[_FROM]_TO], psm[_H], maws[_L], asim
     vis_cols: int = 4  # columns of the figure; a mask is below its image
     vis_mask_pow: bool = False  # masks to the 4th power
     vis_mask_top: int | None = None  # masks are 1 in so many patches, the highest, and 0 elsewhere

@@ -32,9 +32,11 @@ def demo_settings(settings: Settings, given: Mapping[str, Any], output: Path) ->
     changes |= {"pretrained": False, "trivial_aug": False, "horizontal_flip": False, "re": 0.0, "sd": 0.0}
     name = settings.model_name
     patch = re.search(r"patch(\d+)", name)
-    large = name in ("cal", *RESNETS)
-    size = given.get("image_size", 4 * int(patch[1]) if patch else 32 if large else 16)
-    changes |= {"image_size": size, "resize_size": size, "test_resize_size": size, "dynamic_top": 4}
+    usual = 16 if name in (*MODEL_NAMES, "transfg", "ffvt") else 32 if name in ("cal", *RESNETS) else 64
+    size = given.get("image_size", 4 * int(patch[1]) if patch else usual)
+    changes |= {"image_size": size, "resize_size": size, "test_resize_size": size}
+    if name in MODEL_NAMES or name.startswith("gls"):
+        changes["dynamic_top"] = 4
     return changes | _small_model(name, next(size // grid for grid in range(4, 0, -1) if size % grid == 0))
 
 

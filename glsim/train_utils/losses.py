@@ -19,10 +19,11 @@ def focal_loss(logits: Tensor, targets: Tensor, gamma: float, alpha: float = 1.0
     """Return the mean focal loss of logits (B, C): Lin et al., ICCV 2017, eq. 5.
 
     `targets` are labels (B,) or shares of each class (B, C), smoothed by `smoothing`. As released, p_t is e to the
-    minus of the cross-entropy, which holds for soft targets too.
+    minus of the cross-entropy, which holds for soft targets too. Where p_t is 1, a `gamma` below 1 has no gradient.
     """
     each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)  # (B,)
-    return alpha * ((1 - torch.exp(-each)) ** gamma * each).mean()
+    missed = (1 - torch.exp(-each)).clamp(min=torch.finfo(each.dtype).tiny)  # 1 - p_t
+    return alpha * (missed**gamma * each).mean()
 
 
 def make_mixing(settings: Settings, num_classes: int) -> v2.Transform:
@@ -39,8 +40,11 @@ def make_objective(settings: Settings, num_classes: int, released: bool = False)
     """Return (model, images, labels) -> (mean loss, logits (B, C)).
 
     `released`: the focal loss ignores `focal_alpha`, and `smoothing` is 0.1 there. Raises UserError where a model's own
-    loss excludes an option.
+    loss excludes an option, and for a value outside of its range.
     """
+    for name in ("mix_prob", "smoothing"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise UserError(f"--{name} {getattr(settings, name)}: expected a number from 0 to 1")
     if settings.model_name in OWN_LOSS:
         for name in ("cm", "mu", "focal_gamma"):
             if getattr(settings, name):

@@ -1,13 +1,16 @@
 """Optimizer and learning-rate schedule of the published program, by timm's parts."""
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
+
+from common.errors import UserError
 
 
 def make_optimizer(
@@ -19,7 +22,12 @@ def make_optimizer(
     opt_eps: float | None = None,
     opt_betas: Sequence[float] | None = None,
 ) -> Optimizer:
-    """Return timm's optimizer `opt`; weight decay leaves out vectors. Its sgd has Nesterov momentum, as published."""
+    """Return timm's optimizer `opt`; weight decay leaves out vectors. Its sgd has Nesterov momentum, as published.
+
+    Raises UserError for a name that timm lacks, an optimizer that needs more than gradients, and betas that it cannot
+    have.
+    """
+    _check(opt, opt_betas)
     parameters = list(parameters)
     groups: Any = parameters
     if weight_decay:
@@ -28,7 +36,26 @@ def make_optimizer(
         groups = [{"params": vectors, "weight_decay": 0.0}, {"params": others, "weight_decay": weight_decay}]
     given = (("eps", opt_eps), ("betas", opt_betas))
     more: dict[str, Any] = {name: value for name, value in given if value is not None}
-    return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **more)
+    optimizer = create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **more)
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(
+            f"--opt {opt} needs second derivatives, which are not computed: choose another, as sgd or adamw"
+        )
+    return optimizer
+
+
+def _check(opt: str, betas: Sequence[float] | None) -> None:
+    name = opt.lower().removeprefix("lookahead_")
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() lists those it has"
+        raise UserError(f"--opt {opt}: timm has no such optimizer; {hint}")
+    if betas is None:
+        return
+    count = get_optimizer_info(name).num_betas
+    if len(betas) != count or not all(0 <= beta < 1 for beta in betas):
+        found = " ".join(map(str, betas))
+        raise UserError(f"--opt_betas {found}: expected {count} numbers from 0 to less than 1 for {opt}")
 
 
 class LinearLRScheduler(Scheduler):

@@ -1,6 +1,5 @@
 """Trained models from any of their files: a run's folder, {model}_best.pth, or a checkpoint of the authors."""
 
-import csv
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,16 +13,18 @@ from torchvision import transforms as T
 from common.errors import UserError
 from common.predict import read_model_info
 from common.weights import load_checkpoint, read_pickle, read_state_dict
+from glsim.data_utils.datasets import read_names
 from glsim.data_utils.transforms import resize_size, transforms
 from glsim.model_utils.build import build_model
 from glsim.model_utils.config import MODEL_NAMES, ViTConfig
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.yaml_config import CONFIGS, read_config
+from glsim.train_utils.yaml_config import CONFIGS, check_value, read_config
 
 # What a checkpoint's configuration says of its training and of the machine, and not of the model.
 OF_THE_PLACE = {"cfg", "cfg_method", "ckpt_path", "weights_dir", "transfer_learning", "pretrained", "debugging"}
-OF_THE_PLACE |= {"dataset_root_path", "folder_train", "folder_val", "folder_test"}
-OF_THE_PLACE |= {"df_train", "df_trainval", "df_val", "df_test", "df_classid_classname"}
+# Where its data are: of an authors' checkpoint on their machine.
+OF_THE_DATA: tuple[str, ...] = ("dataset_root_path", "folder_train", "folder_val", "folder_test")
+OF_THE_DATA += ("df_train", "df_trainval", "df_val", "df_test", "df_classid_classname")
 
 
 @dataclass
@@ -44,7 +45,13 @@ def load_trained(path: str | Path, device: torch.device, **changes: Any) -> Trai
     objects other than tensors and the argparse.Namespace of the authors' checkpoints.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: ./scripts/download_ckpts.sh fetches the authors' checkpoints")
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() and not (folder / "model.json").is_file():
+        inside = sorted(file.name for file in path.glob("*.pth"))
+        there = f"name {inside[0]} in it" if inside else "name a checkpoint or the folder of a run"
+        raise UserError(f"{path} is a folder without a model.json: {there}")
     if (folder / "model.json").is_file():
         info = read_model_info(folder)
         if info["script"] != "glsim":
@@ -56,7 +63,7 @@ def load_trained(path: str | Path, device: torch.device, **changes: Any) -> Trai
         values = settings_of_checkpoint(path)
         if not values and "model_name" not in changes:
             raise UserError(f"{path} does not say what model it is of: name it with --model_name")
-        settings = Settings(**(values | places_of(values.get("dataset_name")) | changes))
+        settings = Settings(**(values | changes))
         classes = classes_of(path, settings)
     model = build_model(settings, len(classes))
     load_checkpoint(model, path)
@@ -66,20 +73,28 @@ def load_trained(path: str | Path, device: torch.device, **changes: Any) -> Trai
 def settings_of_checkpoint(path: str | Path, settings_class: type = Settings) -> dict[str, Any]:
     """Return what the configuration in a .pth file says, by fields of `settings_class`; nothing where it has none.
 
-    Where its data lie, on another machine, is left out: see `places_of`.
+    Where the data of an authors' checkpoint lie is that of the shipped configuration of the data set. None stands for
+    what is not said. Raises UserError, naming the file, for a value of the wrong type.
     """
-    config = _config(Path(path))
-    known = {field.name for field in fields(settings_class)} - OF_THE_PLACE
+    config, theirs = _config(Path(path))
+    # How the authors have trained it is not asked for.
+    known = {field.name for field in fields(Settings if theirs else settings_class)} - OF_THE_PLACE
+    known -= set(OF_THE_DATA if theirs else ())
+    optional = {field.name for field in fields(settings_class) if field.default is None}
     values = {
-        name: value for name, value in config.items() if name in known and not name.startswith(("test_only", "vis_"))
+        name: check_value(path, name, value, settings_class)
+        for name, value in config.items()
+        if name in known and not name.startswith(("test_only", "vis_")) and (value is not None or name in optional)
     }
-    return _without_defaults(values) if values else {}
+    if not values:
+        return {}
+    return (_of_the_data_set(str(values.get("dataset_name"))) if theirs else {}) | _without_defaults(values)
 
 
-def places_of(dataset_name: str | None) -> dict[str, Any]:
-    """Return where the data lie by the shipped configuration of the data set, if there is one."""
+def _of_the_data_set(dataset_name: str) -> dict[str, Any]:
+    """What the shipped configuration of a data set says, where it lies above all; of others after its example."""
     path = CONFIGS / "datasets" / f"{dataset_name}.yaml"
-    return read_config(path) if path.is_file() else {}
+    return read_config(path) if path.is_file() else {"dataset_root_path": f"data/{dataset_name}"}
 
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +113,12 @@ def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _config(path: Path) -> Mapping[str, Any]:
-    content = _content(path)
-    config = content.get("config")
+def _config(path: Path) -> tuple[Mapping[str, Any], bool]:
+    """The configuration in the file, and whether it is one of the authors'."""
+    config = _content(path).get("config")
     if isinstance(config, Namespace):
-        return vars(config)
-    return config if isinstance(config, Mapping) else {}
+        return vars(config), True
+    return (config if isinstance(config, Mapping) else {}), False
 
 
 def _content(path: Path) -> Mapping[str, Any]:
@@ -123,9 +138,5 @@ def classes_of(path: Path, settings: Settings) -> list[str]:
     heads = [len(value) for key, value in state.items() if key.endswith(("head.bias", "fc.bias", "net.fc.weight"))]
     count = heads[-1] if heads else 0
     file = Path(settings.dataset_root_path) / settings.df_classid_classname
-    if file.is_file():
-        with open(file, newline="", encoding="utf-8") as lines:
-            names = {int(row["class_id"]): row["class_name"] for row in csv.DictReader(lines)}
-        if names.keys() == set(range(count)):
-            return [names[number] for number in range(count)]
-    return [str(number) for number in range(count)]
+    names = read_names(file) if file.is_file() else {}
+    return [names.get(number, str(number)) for number in range(count)]

@@ -4,6 +4,7 @@ import difflib
 import types
 import typing
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,15 @@ WITHOUT_EFFECT = (
 )
 
 NO_EFFECT = "has no effect in GLSim, not in the released code either: leave it out"
+# Published options that are none here, and what to say of them.
+ELSEWHERE: dict[str, str] = dict.fromkeys(
+    ("project_name", "entity", "save_images", "test_offline"),
+    "belongs to Weights & Biases, which is off unless --wandb",
+)
+ELSEWHERE |= dict.fromkeys(
+    ("lr_noise", "lr_noise_pct", "lr_noise_std", "patience_epochs", "shuffle_test"), "is not supported: leave it out"
+)
+ELSEWHERE |= {"save_freq": "is not there: see --save_every", "dist_eval": "is always on: leave it out"}
 
 
 def read_config(path: str | Path, settings_class: type = Settings) -> dict[str, Any]:
@@ -30,11 +40,10 @@ def read_config(path: str | Path, settings_class: type = Settings) -> dict[str, 
     `defaults` are relative to the file that names them. Raises UserError for a file that is missing or no YAML, for
     `defaults` that lead back to their file, and for names or values that are none of `settings_class`.
     """
-    hints = typing.get_type_hints(settings_class)
-    return _read(Path(path), hints, ())
+    return _read(Path(path), settings_class, ())
 
 
-def _read(path: Path, hints: dict[str, Any], above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, settings_class: type, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise UserError(f"{path}: its defaults lead back to the file itself; take one of them out")
     content = _load(path)
@@ -43,9 +52,10 @@ def _read(path: Path, hints: dict[str, Any], above: tuple[Path, ...]) -> dict[st
         raise UserError(f"{path}: defaults: expected a list of files")
     values: dict[str, Any] = {}
     for name in defaults:
-        values |= _read(path.parent / name, hints, (*above, path.resolve()))
+        values |= _read(path.parent / name, settings_class, (*above, path.resolve()))
     for key, value in content.items():
-        values[key] = _checked(path, key, value, hints)
+        _check_name(path, key, settings_class)
+        values[key] = check_value(path, key, value, settings_class)
     return values
 
 
@@ -56,7 +66,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: expected a configuration file, as configs/ has them") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     if content is None:
         return {}
@@ -65,22 +75,41 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(path: Path, key: Any, value: Any, hints: dict[str, Any]) -> Any:
+def _check_name(path: Path, key: Any, settings_class: type) -> None:
+    names = [field.name for field in fields(settings_class)]
     if key in WITHOUT_EFFECT:
         raise UserError(f"{path}: {key} {NO_EFFECT}")
-    if key not in hints or key in ("cfg", "cfg_method"):
-        near = difflib.get_close_matches(str(key), hints, n=1)
+    if key in ELSEWHERE:
+        raise UserError(f"{path}: {key} {ELSEWHERE[key]}")
+    if key in ("cfg", "cfg_method"):
+        raise UserError(f"{path}: {key} belongs on the command line; what includes files here is `defaults:`")
+    if key not in names:
+        near = difflib.get_close_matches(str(key), names, n=1)
         raise UserError(f"{path}: there is no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    kinds = _kinds(hints[key])
-    if isinstance(value, str) and float in kinds:  # YAML reads 1e-5 as a word
-        with suppress(ValueError):
-            value = float(value)
-    if type(value) is int and float in kinds and int not in kinds:
-        value = float(value)
-    if not any(value == kind if isinstance(kind, str) else type(value) is kind for kind in kinds):
-        expected = " or ".join(kind if isinstance(kind, str) else NAMES[kind] for kind in kinds)
-        raise UserError(f"{path}: {key}: {value!r} is of the wrong type or no choice: expected {expected}")
-    return value
+
+
+def check_value(source: str | Path, key: str, value: Any, settings_class: type) -> Any:
+    """Return the value of the field `key` of `settings_class`, integers and words for floats as floats.
+
+    Raises UserError, naming `source`, which it comes from, and the field, where it is of another type or no choice.
+    """
+    kinds = _kinds(typing.get_type_hints(settings_class)[key])
+    for kind in kinds:
+        with suppress(ValueError, OverflowError):
+            return _as(kind, value)
+    expected = " or ".join(kind if isinstance(kind, str) else NAMES[kind] for kind in kinds)
+    raise UserError(f"{source}: {key}: {value!r} is of the wrong type or no choice: expected {expected}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """The value as one of this kind; ValueError for another."""
+    if kind is float and type(value) in (int, str):  # YAML reads 1e-5 as a word
+        return float(value)
+    if kind == list[float] and type(value) is list:
+        return [_as(float, item) for item in value]
+    if value == kind if isinstance(kind, str) else type(value) is kind:
+        return value
+    raise ValueError
 
 
 NAMES = {
@@ -89,6 +118,7 @@ NAMES = {
     float: "a number",
     str: "text",
     dict: "a mapping",
+    list[float]: "a list of numbers",
     type(None): "null",
 }
 
@@ -100,7 +130,7 @@ def _kinds(hint: Any) -> list[Any]:
         return [kind for part in typing.get_args(hint) for kind in _kinds(part)]
     if origin is Literal:
         return list(typing.get_args(hint))
-    return [origin or hint]
+    return [dict if origin is dict else hint]
 
 
 def read_configs(given: dict[str, Any], settings_class: type = Settings) -> dict[str, Any]:

@@ -7,22 +7,20 @@ from typing import Any
 import pytest
 import torch
 from formula import fill, fill_image
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from common.errors import UserError
-from glsim.model_utils.build import build_model
+from glsim.model_utils.build import build_model, timm_arguments
 from glsim.tools.train import Recipe
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.yaml_config import WITHOUT_EFFECT, read_config
+from glsim.train_utils.yaml_config import ELSEWHERE, WITHOUT_EFFECT, read_config
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "glsim_settings.json").read_text())
 METHOD = Path(__file__).parents[2] / "glsim" / "configs" / "methods" / "glsim.yaml"
 # What the recording set itself, or the program computed.
 RECORDED = {"cfg", "cfg_method", "fp16", "classifier", "device", "world_size", "rank", "local_rank", "distributed"}
 RECORDED |= {"num_classes", "effective_batch_size", "resize_size", "test_resize_size", "horizontal_flip"}
-# What common has under other names or at all times (wandb, exact evaluation, saving at each), and timm's rate noise.
-ELSEWHERE = {"project_name", "entity", "save_freq", "save_images", "test_offline", "shuffle_test", "dist_eval"}
-ELSEWHERE |= {"lr_noise", "lr_noise_pct", "lr_noise_std", "patience_epochs"}
 # Defaults of ours that say the same otherwise, or say where the data are.
 OTHERWISE = {"dataset_root_path", "folder_train", "folder_val", "folder_test", "opt_eps"}
 
@@ -31,13 +29,14 @@ def test_every_published_option_is_there_with_its_default() -> None:
     method = read_config(METHOD)
     published = GOLDEN["args"]
     defaults = vars(Recipe(**method))
-    for name in sorted(published.keys() - RECORDED - ELSEWHERE - set(WITHOUT_EFFECT)):
+    for name in sorted(published.keys() - RECORDED - set(ELSEWHERE) - set(WITHOUT_EFFECT)):
         assert name in defaults, name
         if name not in OTHERWISE:
             assert defaults[name] == published[name], name
     ours = {"weights_dir", "crop_inclusive", "model_kwargs", "released"}
     assert defaults.keys() - published.keys() == ours
     assert not set(WITHOUT_EFFECT) & defaults.keys()
+    assert set(ELSEWHERE) <= published.keys() - defaults.keys()
 
 
 def with_formula_weights(model: Any) -> Any:
@@ -94,6 +93,46 @@ def test_freeze_backbone() -> None:
     assert {name for name, value in timm_vit.named_parameters() if value.requires_grad} == {"head.weight", "head.bias"}
 
 
+def test_a_frozen_backbone_keeps_the_statistics_of_batchnorm() -> None:
+    """And its names; what is trained, here the head with a BatchNorm of its own in front, goes on."""
+    model: Any = build_model(Settings(model_name="resnet10t", freeze_backbone=True), 5)
+    head = model.fc
+    model.fc = nn.Sequential(nn.BatchNorm1d(head.in_features), head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(4, 3, 32, 32)
+    trained = model.train()(images)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {f"fc.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    model.fc = head
+    assert model.state_dict().keys() == build_model(Settings(model_name="resnet10t"), 5).state_dict().keys()
+    torch.testing.assert_close(model.train()(images), model.eval()(images))
+    assert trained.requires_grad
+    built: Any = build_model(Settings(model_name="resnet10t"), 5)
+    built.train()(images)
+    assert int(built.bn1.num_batches_tracked) == 1
+
+
+def test_a_frozen_backbone_of_several_processes_too() -> None:
+    """They convert the BatchNorms after the model is built."""
+    model: Any = build_model(Settings(model_name="resnet10t", freeze_backbone=True), 5)
+    model = convert_sync_batchnorm(model).train()
+    model(torch.randn(4, 3, 32, 32))  # a SyncBatchNorm in training needs a GPU
+    assert int(model.bn1.num_batches_tracked) == 0
+
+
+def test_both_classifiers_of_a_distilled_model_are_trained() -> None:
+    settings = Settings(
+        model_name="deit_tiny_distilled_patch16_224", image_size=32, freeze_backbone=True, model_kwargs={"depth": 1}
+    )
+    trained = {name for name, value in build_model(settings, 5).named_parameters() if value.requires_grad}
+    assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_a_resnet_pools_whether_said_or_not() -> None:
+    said, unsaid = (build_model(Settings(model_name="resnet50", classifier=name), 5) for name in ("pool", "cls"))
+    assert said.config == unsaid.config
+
+
 def test_timm_models_by_name() -> None:
     settings = Settings(model_name="vit_tiny_patch16_224", image_size=48, sd=0.3, model_kwargs={"depth": 2})
     vit: Any = build_model(settings, 5)
@@ -101,6 +140,8 @@ def test_timm_models_by_name() -> None:
     assert vit.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)
     cnn: nn.Module = build_model(Settings(model_name="resnet10t", image_size=48), 5)
     assert cnn(torch.zeros(1, 3, 48, 48)).shape == (1, 5)
+    assert timm_arguments(settings) == {"drop_path_rate": 0.3, "img_size": 48, "depth": 2}
+    assert timm_arguments(Settings(model_name="densenet121")) == {}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +158,29 @@ def test_timm_models_by_name() -> None:
         ({"model_name": "glsvit_nothing"}, "vit_nothing"),
         ({"model_name": "glsvit_tiny_patch16_224", "image_size": 225}, "225"),
         ({"model_name": "resnet50_in21k", "pretrained": True}, "resnet50_in21k"),
+        *(
+            ({"model_name": name, "freeze_backbone": True}, f"--freeze_backbone: {name} .*--no-freeze_backbone")
+            for name in ("transfg", "ffvt", "cal")
+        ),
+        ({"model_name": "densenet121", "sd": 0.1}, "--sd 0.1: densenet121 has no such thing; say --sd 0"),
+        ({"model_name": "hrnet_w18_small", "sd": 0.1}, "--sd 0.1: hrnet_w18_small has no such thing"),
+        ({"model_name": "transfg", "classifier": "pool"}, "--classifier pool: transfg has no such thing"),
+        ({"model_name": "resnet50", "classifier": "cls_pool"}, "--classifier cls_pool: resnet50 has no such thing"),
+        ({"model_name": "resnet18", "classifier": "pool"}, "--classifier pool: resnet18 has no such thing"),
+        ({"model_name": "resnet50", "dynamic_top": 4}, "--dynamic_top 4: resnet50 has no such thing"),
+        ({"model_name": "resnet18", "dynamic_top": 4}, "--dynamic_top 4: resnet18 has no such thing"),
+        *(
+            ({"model_name": name, "cal_single_crop": True}, f"--cal_single_crop True: {name} has no such thing")
+            for name in ("vit_b16", "glsvit_tiny_patch16_224", "transfg", "resnet18")
+        ),
+        *(
+            ({"model_name": "cal", "model_kwargs": {"backbone": name}}, f"--model_kwargs backbone={name}: .*resnet18")
+            for name in ("foo", "densenet121", "resnet10t", 7)
+        ),
+        *(
+            ({"model_name": name, "pretrained": True}, f"published weights for {name}: .*--no-pretrained.*--ckpt_path")
+            for name in ("vit_t16", "vit_s16", "vit_b8")
+        ),
     ],
 )
 def test_what_cannot_be_built_is_a_sentence(changes: dict[str, Any], message: str) -> None:

@@ -181,8 +181,8 @@ def test_without_gradio_a_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    assert demo.main(["--demo"]) == 2
-    assert capsys.readouterr().err == "error: the page needs Gradio: pip install -e '.[demo]' in the repository\n"
+    assert demo.main(["--demo"]) == 1
+    assert capsys.readouterr().err == "error: the page needs Gradio: pip install 'gradio>=6.31'\n"
 
 
 # The page

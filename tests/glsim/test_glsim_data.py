@@ -159,6 +159,11 @@ def test_training_images_vary_and_test_images_do_not() -> None:
         ({"test_resize_size": 200}, "--test_resize_size 200: expected at least --image_size 224"),
         ({"re": 30.0}, "--re 30.0: expected a number from 0 to 1"),
         ({"jitter_hue": 0.6}, "--jitter_hue 0.6: expected a number from 0 to 0.5"),
+        ({"re": 0.3, "re_sh": 2.0}, "--re_sh 2.0: expected a number from 0.02 to 1"),
+        ({"re": 0.3, "re_sh": 0.01}, "--re_sh 0.01: expected a number from 0.02 to 1"),
+        ({"re": 0.3, "re_r1": 9.0}, "--re_r1 9.0: expected a number from 0.01 to 3.3"),
+        ({"re": 0.3, "re_r1": 0.0}, "--re_r1 0.0: expected a number from 0.01 to 3.3"),
+        ({"solarize": 300}, "--solarize 300: expected a number from 0 to 255"),
     ],
 )
 def test_values_that_cannot_be(changes: dict[str, Any], sentence: str) -> None:
@@ -273,7 +278,7 @@ HEADER = "class_id,dir\n"
 @pytest.mark.parametrize(
     ("file", "text", "sentence"),
     [
-        ("test.csv", None, r"test\.csv is not there: .*prepare_datasets\.sh, copy .* --dataset_root_path"),
+        ("test.csv", None, r"test\.csv is not there: .*prepare_datasets\.sh.*, copy .* --dataset_root_path"),
         ("test.csv", "", r"test\.csv: expected the header class_id,dir in line 1, found ''"),
         ("test.csv", "0,6.png\n", r"test\.csv: expected the header class_id,dir in line 1, found '0,6\.png'"),
         ("test.csv", "class_id,file\n0,6.png\n", r"found 'class_id,file'"),

@@ -19,13 +19,14 @@ from scripts import ROOT, Outcome, run_script
 
 from common.engine import logits_of
 from common.errors import UserError
+from common.experiment import Options
 from common.predict import load_run
 from common.train import Training
 from glsim.model_utils.build import build_model
 from glsim.tools.train import EXPERIMENT, Recipe, altered
 from glsim.train_utils.demo import demo_settings
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.trained import load_trained
+from glsim.train_utils.trained import load_trained, settings_of_checkpoint
 from glsim.train_utils.yaml_config import read_configs
 
 HOME = ROOT / "glsim"
@@ -63,7 +64,7 @@ def whole(demo_output: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("whole")
     outcome = train(demo_output, "--cfg_method", METHOD, *SMALL, "--results_dir", folder)
     assert outcome.status == 0, outcome.err
-    return outcome, folder / "cub_vit_b16_16_0"
+    return outcome, folder / "demo_cub_vit_b16_16_0"
 
 
 def demo_model(**changes: Any) -> tuple[Settings, Any]:
@@ -162,12 +163,21 @@ def test_the_printed_training_commands_are_the_published_rows(monkeypatch: pytes
         ({"lr": 0.02}, "lr: one of 0.03, 0.01, 0.003, 0.001 -> 0.02"),
         ({"pretrained": False}, "pretrained True -> False"),
         ({"crop_inclusive": True}, "crop_inclusive False -> True"),
+        ({"resize_size": 256}, "resize_size None -> 256"),
+        ({"train_trainval": False}, "train_trainval True -> False"),
     ],
 )
 def test_what_alters_a_row(changes: dict[str, Any], change: str) -> None:
     given = {"cfg": str(HOME / "configs" / "cub_ft_is224_weakaugs.yaml"), "cfg_method": METHOD}
     recipe = Recipe(**(read_configs(given, Recipe) | changes))
     assert altered(recipe, trained=True) == [change]
+    of_the_model = changes.keys() & {"dynamic_top", "crop_inclusive", "resize_size"}
+    assert altered(recipe, trained=False) == ([change] if of_the_model else [])
+
+
+def test_memory_is_saved_by_smaller_iterations() -> None:
+    advice = EXPERIMENT.save_memory(Recipe(batch_size=8, gradient_accumulation_steps=3), Options())
+    assert advice.startswith("--batch_size 4 with --gradient_accumulation_steps 6")
 
 
 @pytest.mark.parametrize("column", ["vit", "resnet101", "cal", "transfg", "ffvt"])
@@ -217,10 +227,62 @@ def test_all_files_of_a_run_load_and_agree(whole: tuple[Outcome, Path], demo_out
 
 def test_predict(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
     Image.new("RGB", (40, 30), "red").save("red.png")
-    for checkpoint in (whole[0].folder, whole[1] / TRAINED):
-        outcome = train(demo_output, "--predict", "red.png", "--checkpoint", checkpoint, "--demo", "--top", "2")
+    for flag in ("--checkpoint", "--ckpt_path"):
+        for checkpoint in (whole[0].folder, whole[1] / TRAINED):
+            outcome = train(demo_output, "--predict", "red.png", flag, checkpoint, "--demo", "--top", "2")
+            assert outcome.status == 0, outcome.err
+            assert f"model: {checkpoint}" in outcome.out
+            assert re.search(r"red\.png: \S+ [\d.]+%, \S+ [\d.]+%", outcome.out)
+    words = ("--predict", "red.png", "--ckpt_path", whole[0].folder, "--checkpoint", whole[1] / TRAINED)
+    assert "--ckpt_path and --checkpoint name different models" in one_line(train(demo_output, *words, "--demo"))
+
+
+def test_configuration_files_win_over_a_checkpoint(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    root = demo_output / "demo-data" / "CUB"
+    (home / "mine.yaml").write_text(f"dataset_root_path: {root}\nfolder_test: images\ntest_flip: true\n")
+    released_checkpoint(home / "c.pth")
+    for path in (home / "c.pth", whole[1] / TRAINED, whole[0].folder):
+        words = ("--ckpt_path", path, "--test_only", "--cfg", "mine.yaml", "--limit", "6", "--cpu_workers", "0")
+        outcome = train(demo_output, *words)
         assert outcome.status == 0, outcome.err
-        assert re.search(r"red\.png: \S+ [\d.]+%, \S+ [\d.]+%", outcome.out)
+        recipe = outcome.record["recipe"]
+        assert (recipe["dataset_root_path"], recipe["test_flip"]) == (str(root), True)
+        flipped = train(demo_output, *words, "--no-test_flip")
+        assert flipped.record["recipe"]["test_flip"] is False
+
+
+def test_where_the_data_of_a_checkpoint_lie(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    """Ours says it; of the authors' the shipped configuration does, and nothing else of it counts."""
+    ours = settings_of_checkpoint(whole[1] / TRAINED)
+    assert ours["dataset_root_path"] == str(demo_output / "demo-data" / "CUB")
+    released_checkpoint(home / "d.pth", dataset_name="dafb", custom_mean_std=False, dataset_root_path=None)
+    theirs = settings_of_checkpoint(home / "d.pth")
+    assert (theirs["dataset_root_path"], theirs["custom_mean_std"]) == ("data/dafb", False)
+    released_checkpoint(home / "m.pth", dataset_name="mybirds")
+    assert settings_of_checkpoint(home / "m.pth")["dataset_root_path"] == "data/mybirds"
+    words = ("--ckpt_path", "m.pth", "--test_only")
+    assert "data/mybirds/train_val.csv is not there" in one_line(train(demo_output, *words))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": "16"}, "c.pth: image_size: '16'"),
+        ({"resize_size": "a"}, "c.pth: resize_size: 'a'"),
+        ({"sim_metric": "cosine"}, "c.pth: sim_metric: 'cosine'"),
+    ],
+)
+def test_odd_values_in_a_checkpoint(changes: dict[str, Any], message: str, demo_output: Path, home: Path) -> None:
+    released_checkpoint(home / "c.pth", **changes)
+    assert message in one_line(train(demo_output, "--ckpt_path", "c.pth", "--test_only", "--demo"))
+
+
+def test_what_a_checkpoint_leaves_out_is_the_default(demo_output: Path, home: Path) -> None:
+    released_checkpoint(home / "c.pth", sim_metric=None, a_field_of_theirs={"a": [1]})
+    words = ("--ckpt_path", "c.pth", "--test_only", "--demo", "--limit", "5", "--cpu_workers", "0")
+    outcome = train(demo_output, *words)
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["recipe"]["sim_metric"] == "cos"
 
 
 def test_a_checkpoint_of_the_authors_is_evaluated(demo_output: Path, home: Path) -> None:
@@ -257,7 +319,7 @@ def test_errors_are_drawn(demo_output: Path, home: Path) -> None:
     words = ("--demo", "--limit", "9", "--cpu_workers", "0", "--results_dir", "res")
     sheet = train(demo_output, "--ckpt_path", "c.pth", "--vis_errors", *words)
     assert sheet.status == 0, sheet.err
-    folder = home / "res" / "cub_vit_b16_16_0" / "errors"
+    folder = home / "res" / "demo_cub_vit_b16_16_0" / "errors"
     assert [path.name for path in folder.iterdir()] == ["errors.png"]
     each = train(demo_output, "--ckpt_path", "c.pth", "--vis_errors_save", *words)
     counts = each.record["results"]["checkpoint"]["test"]
@@ -316,6 +378,16 @@ def test_a_checkpoint_of_another_model_is_refused(
         load_trained("c.pth", torch.device("cpu"))
 
 
+def test_checkpoints_that_are_not_there(whole: tuple[Outcome, Path], home: Path) -> None:
+    for path, message in (
+        ("nothing.pth", "nothing.pth does not exist: ./scripts/download_ckpts.sh"),
+        (".", "is a folder without a model.json: name a checkpoint"),
+        (whole[1], f"is a folder without a model.json: name {TRAINED} in it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_trained(path, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -326,6 +398,8 @@ def test_a_checkpoint_of_another_model_is_refused(
         (("--image_size", "30", "--model_name", "glsvit_tiny_patch16_224", "--demo"), "30"),
         (("--epochs", "0"), "--epochs 0: expected more than 0"),
         (("--dataset_root_path", "nowhere"), r"nowhere/\w+.csv is not there"),
+        (("--lr", "inf"), "--lr inf: expected more than 0"),
+        (("--model_name", "vit_s16", "--pretrained", "--demo"), "vit_s16"),
         (("--model_name", "vit_b61", "--demo"), "there is no such model; did you mean vit_b16"),
     ],
 )
@@ -397,8 +471,10 @@ def test_resumed_equals_uninterrupted(demo_output: Path, home: Path, monkeypatch
     assert stopped.status == 130
     resumed = train(demo_output, "--demo", "--cpu_workers", "0", "--results_dir", "two", "--resume", stopped.folder)
     assert resumed.status == 0, resumed.err
+    one = home / "one" / "demo_cub_vit_b16_16_0" / "vit_b16_best.pth"
+    assert torch.load(one, weights_only=True)["epoch"] is not None
     for name in ("best", "last"):
-        paths = (home / folder / "cub_vit_b16_16_0" / f"vit_b16_{name}.pth" for folder in ("one", "two"))
+        paths = (home / folder / "demo_cub_vit_b16_16_0" / f"vit_b16_{name}.pth" for folder in ("one", "two"))
         one, two = (torch.load(path, weights_only=True) for path in paths)
         assert (one["epoch"], one["accuracy"]) == (two["epoch"], two["accuracy"])
         assert all(torch.equal(two["model"][key], value) for key, value in one["model"].items())

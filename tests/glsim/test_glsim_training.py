@@ -1,6 +1,7 @@
 """Schedules, losses and the training loop of GLSim's program against the figures that the released code computed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from formula import check_figures, fill, fill_image
 from torch import Tensor, nn
 
 from common.data.loader import Plan
-from common.engine import Loading, Trainer
+from common.engine import Loading, Trainer, logits_of
 from common.errors import UserError
 from common.experiment import Options
 from glsim.model_utils import ViTConfig, ViTGLSim
+from glsim.model_utils.build import build_model
 from glsim.tools.train import EXPERIMENT, Recipe, learning_rate, repeated
+from glsim.train_utils.demo import demo_settings
 from glsim.train_utils.losses import focal_loss, make_objective
 from glsim.train_utils.schedule import make_optimizer, make_schedule
 
@@ -171,6 +174,16 @@ def test_losses() -> None:
     assert loss(focal_gamma=2.0, ls=True, smoothing=0.3) != pytest.approx(0.25 * released, abs=1e-3)
 
 
+def test_a_confident_sample_has_a_finite_gradient() -> None:
+    """1 - p_t is 0 in float32, and its power below 1 rises infinitely there."""
+    logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([0]), 0.5)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros(1, 2))
+
+
 def test_focal_loss_of_shares_is_the_share_of_the_focal_loss_of_labels() -> None:
     logits, labels = torch.randn(5, 7), torch.randint(7, (5,))
     shares = F.one_hot(labels, 7).float()
@@ -210,6 +223,72 @@ def test_the_loss_of_a_mixed_batch_is_that_of_both_labels(kind: str) -> None:
 def test_models_with_a_loss_of_their_own_refuse_another(model_name: str, name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"--{name}: {model_name} has a loss of its own"):
         make_objective(Recipe(**{"model_name": model_name, name: value}), 3)
+
+
+@pytest.mark.parametrize("name", ["mix_prob", "smoothing"])
+def test_shares_that_are_none(name: str) -> None:
+    for value in (1.5, -0.1, float("nan")):
+        with pytest.raises(UserError, match=f"--{name} {value}: expected a number from 0 to 1"):
+            make_objective(Recipe(**{name: value, "cm": True, "ls": True}), 3)
+
+
+def make(opt: str, betas: list[float] | None = None) -> Any:
+    return make_optimizer([nn.Parameter(torch.zeros(2, 2))], opt, 0.1, 0.9, 0.0, opt_betas=betas)
+
+
+def test_optimizers_by_timms_names() -> None:
+    assert tuple(make("adamw", [0.8, 0.9]).param_groups[0]["betas"]) == (0.8, 0.9)
+    assert tuple(make("adan", [0.8, 0.9, 0.5]).param_groups[0]["betas"]) == (0.8, 0.9, 0.5)
+    assert make("Lookahead_SGD").param_groups[0]["nesterov"]
+
+
+@pytest.mark.parametrize(
+    ("opt", "betas", "message"),
+    [
+        ("foo", None, r"--opt foo: timm has no such optimizer; .*"),
+        ("adamv", None, r"--opt adamv: timm has no such optimizer; did you mean adam\w*\?"),
+        ("lbfgs", None, r"--opt lbfgs: timm has no such optimizer"),
+        ("lookahead_foo", None, r"--opt lookahead_foo: timm has no such optimizer"),
+        ("lookahead_", None, r"--opt lookahead_: timm has no such optimizer"),
+        ("adahessian", None, r"--opt adahessian needs second derivatives"),
+        ("lookahead_adahessian", None, r"--opt lookahead_adahessian needs second derivatives"),
+        ("adamw", [0.9], r"--opt_betas 0\.9: expected 2 numbers from 0 to less than 1 for adamw"),
+        ("adamw", [0.9, 0.99, 0.5], r"--opt_betas 0\.9 0\.99 0\.5: expected 2 numbers"),
+        ("adamw", [0.9, 1.0], r"--opt_betas 0\.9 1\.0: expected 2 numbers"),
+        ("adamw", [-0.1, 0.9], r"--opt_betas -0\.1 0\.9: expected 2 numbers"),
+        ("adamw", [float("nan"), 0.9], r"--opt_betas nan 0\.9: expected 2 numbers"),
+        ("sgd", [0.9, 2.0], r"--opt_betas 0\.9 2\.0: expected 2 numbers"),
+        ("adan", [0.9, 0.9], r"--opt_betas 0\.9 0\.9: expected 3 numbers"),
+    ],
+)
+def test_optimizers_that_cannot_be(opt: str, betas: list[float] | None, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        make(opt, betas)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("densenet121", {"image_size": 64}),
+        ("convnext_atto", {"image_size": 64}),
+        ("vit_tiny_patch16_224", {"image_size": 64}),
+        ("vit_b16", {"image_size": 16, "dynamic_top": 4}),
+        ("glsvit_tiny_patch16_224", {"image_size": 64, "dynamic_top": 4}),
+        ("transfg", {"image_size": 16}),
+        ("ffvt", {"image_size": 16}),
+        ("cal", {"image_size": 32}),
+        ("resnet101", {"image_size": 32}),
+    ],
+)
+def test_the_models_of_the_demo_are_built_for_its_images(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    settings = Recipe(model_name=name)
+    demo = demo_settings(settings, {}, tmp_path)
+    assert {key: demo[key] for key in ("image_size", "dynamic_top") if key in demo} == changes
+    model = build_model(replace(settings, **demo), 3).eval()
+    with torch.inference_mode():
+        logits = logits_of(model(torch.rand(1, 3, *[changes["image_size"]] * 2)))
+    assert logits.shape == (1, 3)
 
 
 def test_repeated_augmentation() -> None:

@@ -328,3 +328,19 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 def test_a_share_is_between_0_and_1(fraction: float) -> None:
     with pytest.raises(UserError, match=r"--train_percent .*: expected a share between 0 and 1"):
         split_rows([(0, "a")], fraction)
+
+
+def test_files_that_were_there_and_differ_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published csv files of a data set may hold another split than the tools make."""
+    write_demo("cub", tmp_path)
+    root = tmp_path / "CUB"
+    write_splits("cub", root)
+    made = {path.name: path.read_bytes() for path in root.glob("*.csv")}
+    published = b"class_id,dir\n0,theirs.jpg\n"
+    (root / "train.csv").write_bytes(published)
+    capsys.readouterr()
+    write_splits("cub", root)
+    assert (root / "train.1.csv").read_bytes() == published
+    assert {path.name: path.read_bytes() for path in root.glob("*.csv") if path.name != "train.1.csv"} == made
+    said = capsys.readouterr().out
+    assert said == f"{root / 'train.csv'} had other lines: that file is now {root / 'train.1.csv'}\n"

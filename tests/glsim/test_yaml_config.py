@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from glsim.tools.train import Recipe
-from glsim.train_utils.yaml_config import WITHOUT_EFFECT, read_config, read_configs
+from glsim.train_utils.yaml_config import ELSEWHERE, WITHOUT_EFFECT, check_value, read_config, read_configs
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -49,6 +49,7 @@ def test_cfg_method_wins_over_cfg(tmp_path: Path) -> None:
         ("clip_grad: null", {"clip_grad": None}),
         ("reducer: cls", {"reducer": "cls"}),
         ("opt_betas: [0.9, 0.99]", {"opt_betas": [0.9, 0.99]}),
+        ("opt_betas: null", {"opt_betas": None}),
         ("model_kwargs: {depth: 2}", {"model_kwargs": {"depth": 2}}),
     ],
 )
@@ -67,7 +68,8 @@ def test_values(tmp_path: Path, text: str, values: dict[str, Any]) -> None:
         ({"top": "defaults: [top.yaml]"}, r"top\.yaml: its defaults lead back"),
         ({"top": "defaults: a.yaml"}, r"top\.yaml: defaults: expected a list"),
         ({"top": "image_sise: 3"}, r"top\.yaml: there is no option 'image_sise'; did you mean image_size\?"),
-        ({"top": "cfg: other.yaml"}, r"top\.yaml: there is no option 'cfg'"),
+        ({"top": "cfg: other.yaml"}, r"top\.yaml: cfg belongs on the command line; .*`defaults:`"),
+        ({"top": "cfg_method: other.yaml"}, r"top\.yaml: cfg_method belongs on the command line; .*`defaults:`"),
         ({"top": "1: 2"}, r"top\.yaml: there is no option 1"),
         ({"top": "image_size: big"}, r"top\.yaml: image_size: 'big' is of the wrong type.*expected an integer"),
         ({"top": "image_size: 2.5"}, "expected an integer"),
@@ -76,6 +78,13 @@ def test_values(tmp_path: Path, text: str, values: dict[str, Any]) -> None:
         ({"top": "sim_metric: cosine"}, "expected cos or l1 or l2"),
         ({"top": "lr: fast"}, "lr: 'fast' is of the wrong type.*expected a number"),
         ({"top": "dataset_name: 7"}, "expected text"),
+        ({"top": "lr: 2024-11-05"}, "lr: .*expected a number"),
+        ({"top": "lr: 2024-13-45"}, r"top\.yaml is not YAML \(month must be in 1\.\.12"),
+        ({"top": f"lr: 1{400 * '0'}"}, "expected a number"),
+        ({"top": "opt_betas: 0.9"}, "opt_betas: 0.9 is of the wrong type.*expected a list of numbers or null"),
+        ({"top": "opt_betas: [a, b]"}, r"opt_betas: \['a', 'b'\] is of the wrong type.*expected a list of numbers"),
+        ({"top": "opt_betas: [0.9, true]"}, "expected a list of numbers"),
+        ({"top": "model_kwargs: 3"}, "expected a mapping"),
         ({"top": "- a\n- b"}, r"top\.yaml: expected `name: value` lines, found a list"),
         ({"top": "dataset_name: 'open"}, r"top\.yaml is not YAML"),
     ],
@@ -90,3 +99,28 @@ def test_what_is_wrong_is_a_sentence(tmp_path: Path, files: dict[str, str], mess
 def test_released_options_without_effect_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"{name} has no effect in GLSim"):
         read_config(write(tmp_path, top=f"{name}: 1"), Recipe)
+
+
+@pytest.mark.parametrize(("name", "where"), ELSEWHERE.items())
+def test_released_options_that_are_elsewhere_are_named(tmp_path: Path, name: str, where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(write(tmp_path, top=f"{name}: 1"), Recipe)
+    assert str(caught.value) == f"{tmp_path / 'top.yaml'}: {name} {where}"
+
+
+def test_elsewhere_says_where() -> None:
+    assert ELSEWHERE["project_name"] == "belongs to Weights & Biases, which is off unless --wandb"
+    assert "--save_every" in ELSEWHERE["save_freq"]
+    assert ELSEWHERE["lr_noise"].startswith("is not supported")
+
+
+def test_check_value_names_the_source() -> None:
+    smoothing = check_value("x.pth", "smoothing", 1, Recipe)
+    assert (smoothing, type(smoothing)) == (1.0, float)
+    betas = check_value("x.pth", "opt_betas", [0, "1e-1"], Recipe)
+    assert betas == [0.0, 0.1]
+    assert type(betas[0]) is float
+    with pytest.raises(
+        UserError, match=r"^x\.pth: image_size: '224' is of the wrong type or no choice: expected an int"
+    ):
+        check_value("x.pth", "image_size", "224", Recipe)

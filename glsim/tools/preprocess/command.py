@@ -40,7 +40,7 @@ def for_each_data_set(
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
             failed += 1
     if not done and not failed:
-        print("error: there is no data set; name one with --dataset_name and --dataset_root_path", file=sys.stderr)
+        print("error: there is no data set: ./scripts/download.sh says where to get them", file=sys.stderr)
     return 0 if done and not failed else 1
 
 
