@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 
@@ -74,6 +74,53 @@ def check_shapes(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], so
         if state_dict[key].shape != value.shape:
             found, needed = tuple(state_dict[key].shape), tuple(value.shape)
             raise UserError(f"{source} has {key} of shape {found}, this model needs {needed}")
+
+
+def bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state_dict without the `model.` of GLSim's wrapper, where every key has it."""
+    prefixed = all(key.startswith("model.") for key in state_dict)
+    return {key.removeprefix("model.") if prefixed else key: value for key, value in state_dict.items()}
+
+
+class ReleasedNames(nn.Module):
+    """A model around a `base_model` whose entries have other names in the authors' files."""
+
+    theirs: str = ""  # what one of their names begins with; "": theirs is every file that has no `base_model.`
+    not_released: tuple[str, ...] = ()  # entries that their files lack
+
+    def _layout(self) -> Iterable[Entry]:
+        """List the entries of the authors' files, in their order."""
+        raise NotImplementedError
+
+    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
+        """Return the authors' state_dict in this model's names; one that is not theirs comes back unchanged.
+
+        The `model.` before every key of GLSim's checkpoints is optional; what their files lack is zero. Raises
+        UserError, naming `source`, where entries are missing or unknown; shapes are left to the caller.
+        """
+        state_dict = bare(state_dict)
+        if any(key.startswith(self.theirs or "base_model.") for key in state_dict) != bool(self.theirs):
+            return state_dict
+        return self._converted(state_dict, source)
+
+    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the authors' state_dict in place.
+
+        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
+        """
+        state_dict = bare(state_dict)
+        converted = self._converted(state_dict, "the checkpoint")
+        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
+        self.load_state_dict(converted)
+
+    def _converted(self, state_dict: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+        own = self.state_dict()
+        lacking = {key: torch.zeros_like(own[key]) for key in self.not_released}
+        return from_released(state_dict, own, list(self._layout()), source) | lacking
+
+    def released_state_dict(self) -> dict[str, Tensor]:
+        """Return the state_dict under the authors' names, in their order, without the `model.` of GLSim's wrapper."""
+        return to_released(self.state_dict(), self._layout())
 
 
 def _part(tensor: Tensor, part: int | None) -> Tensor:

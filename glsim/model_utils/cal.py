@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.models.released import Entry, ReleasedNames
 from glsim.model_utils.glsim import crop
-from glsim.model_utils.resnet import ReleasedNames
 
 SCALE = 100  # of the pooled features, whose norm is 1, before the classifier
 CROP_TRAIN, DROP_TRAIN = (0.4, 0.6), (0.2, 0.5)  # ranges of the threshold, a share of a map's maximum
@@ -98,7 +98,8 @@ class CAL(ReleasedNames):
     `backbone` timm's name of a ResNet. Raises UserError for images that are not square.
     """
 
-    prefix = "net."
+    theirs = "net."
+    not_released = ("classifier.feature_center",)
 
     def __init__(
         self,
@@ -193,11 +194,15 @@ class CAL(ReleasedNames):
     def get_classifier(self) -> nn.Module:
         return self.classifier
 
-    def released_name(self, key: str) -> str | None:
-        module, _, rest = key.partition(".")
-        if module == "base_model":
-            name, _, rest = rest.partition(".")
-            return f"net.features.{ROW[name]}.{rest}"
-        if module == "attention":
-            return f"net.attentions.{re.sub('^0', 'conv', re.sub('^1', 'bn', rest))}"
-        return "net.fc.weight" if rest == "weight" else None
+    def _layout(self) -> list[Entry]:
+        return [Entry(_released_name(key), key) for key in self.state_dict() if key not in self.not_released]
+
+
+def _released_name(key: str) -> str:
+    module, _, rest = key.partition(".")
+    if module == "base_model":
+        name, _, rest = rest.partition(".")
+        return f"net.features.{ROW[name]}.{rest}"
+    if module == "attention":
+        return f"net.attentions.{re.sub('^0', 'conv', re.sub('^1', 'bn', rest))}"
+    return "net.fc.weight"

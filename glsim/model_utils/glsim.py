@@ -5,7 +5,6 @@ S image side in pixels, O selected patches, C classes.
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import npz
 from common.errors import UserError
-from common.models.released import Entry, check_shapes, from_released, to_released
+from common.models.released import Entry, ReleasedNames
 from common.models.vit import embed, run_block
 from glsim.model_utils.config import ViTConfig
 from glsim.model_utils.layout import layout
@@ -74,7 +73,7 @@ def crop(images: Tensor, boxes: Tensor) -> Tensor:
     return crops.to(images.dtype)
 
 
-class ViTGLSim(nn.Module):
+class ViTGLSim(ReleasedNames):
     """The published module: `ViTGLSim(ViTConfig("vit_b16", ...))`; without `dynamic_anchor` a plain ViT.
 
     All parameters of the encoder are those of a timm ViT, `base_model`. Image and crop share them, CLS token included,
@@ -220,30 +219,6 @@ class ViTGLSim(nn.Module):
             loaded.append("anchor_class_token")
         return npz.LoadReport(tuple(loaded), tuple(key for key in self.state_dict() if key not in loaded))
 
-    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
-        """Return the authors' state_dict in this model's names; one that is in these already comes back unchanged.
-
-        The `model.` before every key of their checkpoints is optional. Raises UserError, naming `source`, where entries
-        are missing or unknown; shapes are left to the caller.
-        """
-        if any(key.startswith("base_model.") for key in state_dict):
-            return dict(state_dict)
-        return from_released(bare(state_dict), self.state_dict(), self._layout(), source)
-
-    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the authors' state_dict in place.
-
-        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
-        """
-        state_dict = bare(state_dict)
-        converted = from_released(state_dict, self.state_dict(), self._layout(), "the checkpoint")
-        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
-        self.load_state_dict(converted)
-
-    def released_state_dict(self) -> dict[str, Tensor]:
-        """Return the state_dict under the authors' names, in their order, without the `model.` of their wrapper."""
-        return to_released(self.state_dict(), self._layout())
-
     def _layout(self) -> list[Entry]:
         each = self.config.load_fc_layer and self.config.classifier in ("avg_cls", "max_cls")
         return list(layout(self.state_dict(), each))
@@ -267,11 +242,6 @@ class ViTGLSim(nn.Module):
         nn.init.normal_(self.base_model.pos_embed, std=0.02)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
-
-
-def bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefixed = all(key.startswith("model.") for key in state_dict)
-    return {key.removeprefix("model.") if prefixed else key: value for key, value in state_dict.items()}
 
 
 def _build_vit(config: ViTConfig) -> VisionTransformer:

@@ -8,59 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.models.released import Entry, check_shapes, from_released, to_released
+from common.models.released import Entry, ReleasedNames
 
 # Name -> timm's model, with the tag of its ImageNet-1k weights, which are torchvision's first.
 NAMES: Mapping[str, str] = MappingProxyType(
     {"resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k", "resnet50_in21k": "resnet50"}
 )
 CLASSIFIERS = ("pool", "cls")
-
-
-class ReleasedNames(nn.Module):
-    """A model whose entries have other names in the authors' files, all of which begin with `prefix`."""
-
-    prefix: str
-
-    def released_name(self, key: str) -> str | None:
-        """Return the authors' name of an entry of `state_dict()`; None for one that their files lack."""
-        raise NotImplementedError
-
-    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
-        """Return the authors' state_dict in this model's names; any other comes back unchanged.
-
-        The `model.` before every key of their checkpoints is optional; what their files lack is zero. Raises UserError,
-        naming `source`, where entries are missing or unknown; shapes are left to the caller.
-        """
-        state_dict, own = _bare(state_dict), self.state_dict()
-        if not any(key.startswith(self.prefix) for key in state_dict):
-            return state_dict
-        lacking = {key: torch.zeros_like(value) for key, value in own.items() if self.released_name(key) is None}
-        return from_released(state_dict, own, self._layout(), source) | lacking
-
-    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the authors' state_dict in place.
-
-        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
-        """
-        converted = self.from_released(state_dict)
-        check_shapes(_bare(state_dict), self.released_state_dict(), "the checkpoint")
-        self.load_state_dict(converted)
-
-    def released_state_dict(self) -> dict[str, Tensor]:
-        """Return the state_dict under the authors' names, in their order, without the `model.` of their wrapper."""
-        return to_released(self.state_dict(), self._layout())
-
-    def _layout(self) -> list[Entry]:
-        return [Entry(name, key) for key in self.state_dict() if (name := self.released_name(key)) is not None]
-
-
-def _bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("model."): value for key, value in state_dict.items()}
 
 
 class ResNet(ReleasedNames):
@@ -70,7 +27,7 @@ class ResNet(ReleasedNames):
     timm's. Raises UserError for another name or classifier, and for `pretrained` resnet50_in21k.
     """
 
-    prefix = "encoder."
+    theirs = "encoder."
 
     def __init__(self, name: str, num_classes: int, pretrained: bool = False, classifier: str = "pool") -> None:
         super().__init__()
@@ -94,6 +51,9 @@ class ResNet(ReleasedNames):
     def get_classifier(self) -> nn.Module:
         return self.base_model.get_classifier()
 
-    def released_name(self, key: str) -> str:
-        key = key.removeprefix("base_model.")
-        return f"head.{key.removeprefix('fc.')}" if key.startswith("fc.") else f"encoder.{key}"
+    def _layout(self) -> list[Entry]:
+        return [Entry(_released_name(key.removeprefix("base_model.")), key) for key in self.state_dict()]
+
+
+def _released_name(key: str) -> str:
+    return f"head.{key.removeprefix('fc.')}" if key.startswith("fc.") else f"encoder.{key}"

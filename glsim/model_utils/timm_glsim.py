@@ -4,7 +4,6 @@ Axes: B batch, L blocks, H heads, N tokens of timm's model (CLS foremost, then r
 are left of them, O selected patches, D width, S image side in pixels, C classes.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.models.released import Entry, check_shapes, from_released, to_released
+from common.models.released import Entry, ReleasedNames
 from common.models.vit import freeze, is_plain, run_block, select_tokens
 from common.weights import explain_offline
-from glsim.model_utils.glsim import Selection, bare, bounding_boxes, crop, similarity
+from glsim.model_utils.glsim import Selection, bounding_boxes, crop, similarity
 
 PREFIX = "gls"
 BASE = "base_model."
@@ -106,7 +105,7 @@ class ConvBlock(nn.Module):
         return tokens + self.act(self.conv(self.norm(tokens).mT)).mT
 
 
-class GLSimTimm(nn.Module):
+class GLSimTimm(ReleasedNames):
     """GLSim whose encoder is an unmodified timm VisionTransformer, `base_model`: `GLSimTimm("glsvit_...", ...)`.
 
     `kwargs` are the other options of TimmConfig; `pretrained` takes timm's weights. Registers leave behind the encoder.
@@ -254,30 +253,6 @@ class GLSimTimm(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.head
-
-    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
-        """Return the authors' state_dict in this model's names; one that is in these already comes back unchanged.
-
-        The `model.` before every key of their checkpoints is optional. Raises UserError, naming `source`, where entries
-        are missing or unknown; shapes are left to the caller.
-        """
-        if any(key.startswith(BASE) for key in state_dict):
-            return dict(state_dict)
-        return from_released(bare(state_dict), self.state_dict(), self._layout(), source)
-
-    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the authors' state_dict in place.
-
-        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
-        """
-        state_dict = bare(state_dict)
-        converted = from_released(state_dict, self.state_dict(), self._layout(), "the checkpoint")
-        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
-        self.load_state_dict(converted)
-
-    def released_state_dict(self) -> dict[str, Tensor]:
-        """Return the state_dict under the authors' names, in their order."""
-        return to_released(self.state_dict(), self._layout())
 
     def _layout(self) -> list[Entry]:
         """Theirs is one flat module: timm's own parameters, the CLS token of crops, timm's modules, all else."""

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from common import npz
 from common.errors import UserError
 from common.models.google_vit import block_entries, build_google_vit
-from common.models.released import Entry, check_shapes, from_released, module, to_released
+from common.models.released import Entry, ReleasedNames, module
 from common.models.vit import embed, run_block, select_tokens
 
 MARGIN = 0.4  # of the contrastive loss
@@ -112,7 +112,7 @@ class SlidingPatchEmbed(PatchEmbed):
         self.grid_size, self.num_patches = (rows, columns), rows * columns
 
 
-class TransFG(nn.Module):
+class TransFG(ReleasedNames):
     """ViT whose last block sees CLS and the one patch a head that the Part Selection Module picks before it.
 
     All parameters are those of a timm ViT, `base_model`: its last block, norm and head are the released `part_layer`,
@@ -123,6 +123,8 @@ class TransFG(nn.Module):
     Raises UserError where `img_size` (pixels, or (height, width)) holds no patch or, patches lying one behind the
     other, no whole number of them.
     """
+
+    theirs = "transformer."
 
     def __init__(
         self,
@@ -191,28 +193,6 @@ class TransFG(nn.Module):
         report = npz.load_npz(self.base_model, path, leave)
         loaded, left = (tuple(f"base_model.{key}" for key in keys) for keys in (report.loaded, report.left))
         return npz.LoadReport(loaded, left)
-
-    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
-        """Return the authors' state_dict in this model's names; one that is in these already comes back unchanged.
-
-        Raises UserError, naming `source`, where entries are missing or unknown; shapes are left to the caller.
-        """
-        if not any(key.startswith("transformer.") for key in state_dict):
-            return dict(state_dict)
-        return from_released(state_dict, self.state_dict(), self._layout(), source)
-
-    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the authors' state_dict (`model` of `{name}_checkpoint.bin`) in place.
-
-        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
-        """
-        converted = from_released(state_dict, self.state_dict(), self._layout(), "the checkpoint")
-        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
-        self.load_state_dict(converted)
-
-    def released_state_dict(self) -> dict[str, Tensor]:
-        """Return the state_dict under the authors' names, in their order: what `load_released` reads."""
-        return to_released(self.state_dict(), self._layout())
 
     def _layout(self) -> list[Entry]:
         return list(_entries(len(self.base_model.blocks)))

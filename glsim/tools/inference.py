@@ -41,8 +41,8 @@ from glsim.data_utils.transforms import mean_std
 from glsim.model_utils.build import build_model
 from glsim.model_utils.glsim import ViTGLSim
 from glsim.tools import heatmap
-from glsim.tools.train import Recipe
 from glsim.train_utils.demo import demo_settings, write_demo
+from glsim.train_utils.recipe import Recipe
 from glsim.train_utils.settings import Settings, switched_off
 from glsim.train_utils.trained import Trained, load_trained
 from glsim.train_utils.yaml_config import CONFIGS, read_config, read_configs

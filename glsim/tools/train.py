@@ -7,8 +7,8 @@
 
 What the command line says wins over --cfg_method, which wins over --cfg. --ckpt_path alone evaluates; with --cfg or
 --transfer_learning training starts from it. Flags that turn something off do so as published; --no-... says it clearly.
-The best and the last checkpoint go to {results_dir}/{dataset}_{model}[_{patch}]_{serial}/, the run's own files and its
-record to runs/glsim/<time>-<id>/. --released: schedule, focal loss and --base_lr as in the released code
+The best and the last checkpoint go to {results_dir}/[demo_]{dataset}_{model}[_{patch}]_{serial}/, the run's own files
+and its record to runs/glsim/<time>-<id>/. --released: schedule, focal loss and --base_lr as in the released code
 (docs/fidelity.md GLSIM-4, GLSIM-5, GLSIM-6).
 """
 
@@ -16,9 +16,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -43,15 +43,15 @@ from common.run import start
 from common.train import Session
 from glsim.data_utils.datasets import read
 from glsim.data_utils.transforms import transforms
-from glsim.model_utils.build import NPZ, build_model, timm_arguments
+from glsim.model_utils.build import build_model, timm_arguments
 from glsim.train_utils.demo import demo_settings, write_demo
 from glsim.train_utils.errors_page import draw_errors
 from glsim.train_utils.losses import make_objective
+from glsim.train_utils.recipe import Recipe, altered, learning_rate
 from glsim.train_utils.schedule import Schedule, make_optimizer, make_schedule
-from glsim.train_utils.settings import Settings, switched_off
 from glsim.train_utils.speed import measure_speed
 from glsim.train_utils.trained import OF_THE_DATA, classes_of, settings_of_checkpoint
-from glsim.train_utils.yaml_config import CONFIGS, ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT, read_config, read_configs
+from glsim.train_utils.yaml_config import ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT, read_configs
 
 # train_val and test images of each data set, for records.
 COUNTS = {
@@ -67,73 +67,6 @@ COUNTS = {
     "pets": (3680, 3669),
     "soy": (600, 600),
 }
-
-
-@dataclass
-class Recipe(Settings):
-    epochs: int = 50
-    batch_size: int = 8  # images per process and iteration
-    gradient_accumulation_steps: int = 1  # iterations that an update is made of; they enlarge the batch
-    lr: float = 0.01  # learning rate after the warm-up
-    base_lr: float | None = None  # learning rate for 8 images an update, in the place of --lr
-    opt: str = "sgd"  # optimizer, by timm's name; sgd has Nesterov momentum
-    momentum: float = 0.9
-    weight_decay: float = 0.0  # on all parameters but vectors
-    opt_eps: float | None = None  # epsilon of the optimizer; none: its own
-    opt_betas: list[float] | None = None  # betas of the optimizer; none: its own
-    clip_grad: float | None = 1.0  # the gradient is clipped to this norm; none: it is not
-    sched: Literal["cosine", "linear", "step"] = "cosine"  # how the learning rate falls
-    t_in_epochs: bool = False  # let it change every epoch, not every update
-    warmup_lr: float = 1e-6  # learning rate of the first update
-    warmup_steps: int = 500  # updates in which it rises; 0: see --warmup_epochs
-    warmup_epochs: int = 2  # epochs in which it rises where updates are not said
-    min_lr: float = 1e-5  # where the cosine ends
-    decay_epochs: int = 30  # of the step schedule
-    decay_rate: float = 0.1  # of the step schedule
-    seed: int = 0
-    fp16: bool = switched_off()  # mixed precision on a GPU; a CPU computes in fp32
-    eval_freq: int = 200  # epochs between two evaluations; the last epoch is evaluated too
-    log_freq: int = 100  # updates between two lines of the log
-    pin_memory: bool = switched_off()  # page-locked memory on the way to a GPU
-    cpu_workers: int = 8  # data-loading processes per training process, at most one a core
-    results_dir: str = "results_train"  # checkpoints in the published layout go below it
-    serial: int = 0  # part of their folder's name
-    test_only: bool = False  # evaluate --ckpt_path
-    test_only_bs1: bool = False  # the same, one image at a time: latency of streaming
-    test_multiple: int = 5  # times that the speed is measured in an evaluation
-    vis_errors: bool = False  # evaluate --ckpt_path, and draw what it gets wrong: one contact sheet
-    vis_errors_save: bool = False  # a picture of each error too
-    released: bool = False  # compute what the released code computed, not what the paper describes
-
-    # What common calls otherwise.
-    @property
-    def model(self) -> str:
-        return self.model_name
-
-    @property
-    def data_root(self) -> str:
-        return self.dataset_root_path
-
-    @property
-    def weights(self) -> str:
-        if self.ckpt_path is not None:
-            return self.ckpt_path
-        if not self.pretrained:
-            return "none"
-        return str(self.npz) if self.npz is not None else "pretrained"
-
-    @property
-    def npz(self) -> Path | None:
-        """Google's weights, where the model starts from them."""
-        name = NPZ.get(self.model_name)
-        return None if name is None else Path(self.weights_dir) / f"{name}.npz"
-
-    @property
-    def column(self) -> str | None:
-        """The column of the paper's tables."""
-        if self.model_name == "vit_b16":
-            return "glsim" if self.dynamic_anchor else "vit"
-        return self.model_name if self.model_name in ("resnet101", "cal", "transfg", "ffvt") else None
 
 
 def data(recipe: Recipe) -> Data:
@@ -213,6 +146,10 @@ class GLSimExperiment(Experiment):
     @property
     def name(self) -> str:
         return "glsim"
+
+    @property
+    def description(self) -> str:
+        return __doc__ or ""
 
     def configure(self, overrides: dict[str, Any]) -> dict[str, Any]:
         return read_configs(overrides, Recipe)
@@ -343,16 +280,6 @@ class GLSimExperiment(Experiment):
         return classes_of(checkpoint, recipe), transforms(recipe)[1]
 
 
-def learning_rate(recipe: Recipe, processes: int) -> float:
-    """`lr`, or what `base_lr` gives for the batch of an update; `released`: several processes have another rule."""
-    if recipe.base_lr is None:
-        return recipe.lr
-    effective = recipe.batch_size * recipe.gradient_accumulation_steps * processes
-    if recipe.released:
-        return recipe.base_lr * (recipe.batch_size / 8 if processes == 1 else processes * effective / 256)
-    return recipe.base_lr * effective / 8
-
-
 def repeated(order: Order, times: int) -> Order:
     """Repeated augmentation: each image `times` in a row, in an epoch as long as before."""
 
@@ -361,41 +288,6 @@ def repeated(order: Order, times: int) -> Order:
         return [index for index in indices for _ in range(times)][: len(indices)]
 
     return repeat
-
-
-# What the paper leaves to the run, or says for each data set; and where things lie.
-FREE = {"cfg", "cfg_method", "lr", "seed", "serial", "fp16", "eval_freq", "log_freq", "cpu_workers", "released"}
-FREE |= {"dataset_root_path", "weights_dir", "results_dir", "test_multiple", "debugging", "pin_memory"}
-FREE |= {"test_only", "test_only_bs1", "vis_errors", "vis_errors_save", "batch_size", "gradient_accumulation_steps"}
-SEARCHED = (0.03, 0.01, 0.003, 0.001)  # learning rates
-# What an evaluation does not depend on.
-OF_TRAINING = {field.name for field in dataclasses.fields(Recipe)} - {
-    field.name for field in dataclasses.fields(Settings)
-}
-OF_TRAINING |= {"pretrained", "ckpt_path", "transfer_learning", "train_trainval", "horizontal_flip", "trivial_aug"}
-OF_TRAINING |= {"re", "re_sh", "re_r1", "ra", "cm", "mu", "ls", "smoothing", "sd", "folder_train", "df_train"}
-
-
-def altered(recipe: Recipe, trained: bool) -> list[str]:
-    """How the recipe differs from the paper's row, with weak or medium augmentation, whichever is nearer."""
-    experiments = [CONFIGS / f"{recipe.dataset_name}_ft_is224_{augs}augs.yaml" for augs in ("weak", "med")]
-    if recipe.column is None or not all(path.is_file() for path in experiments):
-        return []
-    method: dict[str, Any] = {"model_name": recipe.model_name, "image_size": recipe.image_size}
-    if recipe.column in ("glsim", "cal"):
-        method |= read_config(CONFIGS / "methods" / f"{recipe.column}.yaml", Recipe)
-    names = {field.name for field in dataclasses.fields(recipe)} - FREE - (set() if trained else OF_TRAINING)
-    changes = []
-    for path in experiments:
-        wanted = vars(Recipe(**(read_config(path, Recipe) | method)))
-        changes.append([f"{n} {wanted[n]} -> {vars(recipe)[n]}" for n in sorted(names) if vars(recipe)[n] != wanted[n]])
-    found = min(changes, key=len)
-    batch = recipe.batch_size * recipe.gradient_accumulation_steps * dist.size()
-    if trained and batch != Recipe.batch_size:
-        found.append(f"batch {Recipe.batch_size} -> {batch}")
-    if trained and (recipe.lr not in SEARCHED or recipe.base_lr is not None):
-        found.append(f"lr: one of {', '.join(map(str, SEARCHED))} -> {learning_rate(recipe, dist.size())}")
-    return found
 
 
 EXPERIMENT = GLSimExperiment(

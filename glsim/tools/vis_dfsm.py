@@ -31,7 +31,8 @@ from glsim.data_utils.datasets import read
 from glsim.data_utils.transforms import mean_std
 from glsim.tools import heatmap
 from glsim.tools.inference import Running, check_positive, configure, settings_given
-from glsim.tools.train import EXPERIMENT, Recipe
+from glsim.tools.train import EXPERIMENT
+from glsim.train_utils.recipe import Recipe
 from glsim.train_utils.settings import Settings, switched_off
 from glsim.train_utils.trained import load_trained
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.errors import UserError
 from glsim.model_utils.build import build_model, timm_arguments
-from glsim.tools.train import Recipe
+from glsim.train_utils.recipe import Recipe
 from glsim.train_utils.settings import Settings
 from glsim.train_utils.yaml_config import ELSEWHERE, WITHOUT_EFFECT, read_config
 

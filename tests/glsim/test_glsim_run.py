@@ -23,8 +23,9 @@ from common.experiment import Options
 from common.predict import load_run
 from common.train import Training
 from glsim.model_utils.build import build_model
-from glsim.tools.train import EXPERIMENT, Recipe, altered
+from glsim.tools.train import EXPERIMENT
 from glsim.train_utils.demo import demo_settings
+from glsim.train_utils.recipe import Recipe, altered
 from glsim.train_utils.settings import Settings
 from glsim.train_utils.trained import load_trained, settings_of_checkpoint
 from glsim.train_utils.yaml_config import read_configs

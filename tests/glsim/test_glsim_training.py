@@ -18,9 +18,10 @@ from common.errors import UserError
 from common.experiment import Options
 from glsim.model_utils import ViTConfig, ViTGLSim
 from glsim.model_utils.build import build_model
-from glsim.tools.train import EXPERIMENT, Recipe, learning_rate, repeated
+from glsim.tools.train import EXPERIMENT, repeated
 from glsim.train_utils.demo import demo_settings
 from glsim.train_utils.losses import focal_loss, make_objective
+from glsim.train_utils.recipe import Recipe, learning_rate
 from glsim.train_utils.schedule import make_optimizer, make_schedule
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "glsim_training.json").read_text())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from glsim.tools.train import Recipe
+from glsim.train_utils.recipe import Recipe
 from glsim.train_utils.yaml_config import ELSEWHERE, WITHOUT_EFFECT, check_value, read_config, read_configs
 
 
