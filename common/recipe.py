@@ -45,8 +45,7 @@ def parse(
     A field without a default must be given; the options named in `without` have no flag. `separator`, "-" or "_",
     stands between the words of a flag; the other is understood too. `configure` says recipe fields by what was given of
     them, which wins; every bool of the recipe then has a `--no-` flag. `known` are names that are no flags, and what to
-    say of them. Returns the recipe, the options, and the fields
-    of each that were given explicitly (name -> value).
+    say of them. Returns the recipe, the options, and the fields of each that were given explicitly (name -> value).
     Exits with status 2 and one sentence on an unknown flag or a value of the wrong type.
     """
     parser = _Parser(
