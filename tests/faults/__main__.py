@@ -1,4 +1,4 @@
-"""`python -m faults` (in tests/): runs all fault cases, prints the table, and writes docs/reliability.md if asked to."""
+"""`python -m faults` (in tests/): runs all fault cases, prints the table, writes docs/reliability.md if asked to."""
 
 import argparse
 import multiprocessing
@@ -69,9 +69,9 @@ def main() -> int:
     if arguments.write and not failed:
         found = versions()
         machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no GPU used"
-        about = {"date": time.strftime("%Y-%m-%d"), "command": "make faults", "machine": machine}
-        about |= {name: found[name] for name in ("code", "python", "torch", "timm")} | {"minutes": f"{minutes:.0f}"}
-        arguments.write.write_text(page(outcomes, about), encoding="utf-8")
+        run = {"date": time.strftime("%Y-%m-%d"), "command": "make faults", "machine": machine}
+        run |= {name: found[name] for name in ("code", "python", "torch", "timm")} | {"minutes": f"{minutes:.0f}"}
+        arguments.write.write_text(page(outcomes, run, families.about()), encoding="utf-8")
     return int(bool(failed))
 
 

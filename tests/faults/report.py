@@ -48,7 +48,7 @@ def _cell(outcomes: Sequence[Outcome]) -> str:
     return f"{kept:,} of {sum(outcome.trials for outcome in outcomes):,}"
 
 
-def page(outcomes: Sequence[Outcome], about: dict[str, str]) -> str:
-    """The whole page: what it is, when and where it was made, the table."""
-    run = "\n".join(f"| {name} | {value} |" for name, value in about.items())
-    return f"{HEAD}\n| run | |\n|---|---|\n{run}\n\n{table(outcomes)}"
+def page(outcomes: Sequence[Outcome], run: dict[str, str], about: Sequence[str]) -> str:
+    """The whole page: what it is, when and where it was made, the table, and what the families have to say of theirs."""
+    made = "\n".join(f"| {name} | {value} |" for name, value in run.items())
+    return "\n".join([HEAD, "| run | |", "|---|---|", made, "", table(outcomes), *about])
