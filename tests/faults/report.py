@@ -49,6 +49,6 @@ def _cell(outcomes: Sequence[Outcome]) -> str:
 
 
 def page(outcomes: Sequence[Outcome], run: dict[str, str], about: Sequence[str]) -> str:
-    """The whole page: what it is, when and where it was made, the table, and what the families have to say of theirs."""
+    """The whole page: what it is, when and where it was made, the table, what the families say of theirs."""
     made = "\n".join(f"| {name} | {value} |" for name, value in run.items())
     return "\n".join([HEAD, "| run | |", "|---|---|", made, "", table(outcomes), *about])
