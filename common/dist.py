@@ -6,21 +6,29 @@ never waits for the GPU.
 """
 
 import os
+import platform
 import re
-from collections.abc import Iterator, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
+from common.lost import RollCall, is_loss
 
 T = TypeVar("T")
 DOWNLOAD_TIME = timedelta(days=2)  # how long others wait for rank 0 in `main_first`
+_roll_call: RollCall | None = None  # of the present group
+_patient: Any = None  # a group of its own for `main_first`, for its time-out: a download takes longer than a collective
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ def choose_device(name: str, launch: Launch) -> torch.device:
 
 def start(launch: Launch, device: torch.device, timeout_s: float = 1800) -> None:
     """Joins the process group when there is more than one process; UserError where they cannot meet."""
+    global _roll_call, _patient
     if launch.size == 1:
         return
     if launch.launcher == "slurm":
@@ -122,18 +131,88 @@ def start(launch: Launch, device: torch.device, timeout_s: float = 1800) -> None
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
     try:
-        distributed.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=timeout)
-    except (distributed.DistError, ValueError) as error:
+        met, *_ = next(rendezvous("env://", launch.rank, launch.size, timeout=timeout))
+        met.set_timeout(timeout)
+        name = _name_of_start(distributed.PrefixStore("meeting", met), launch, timeout_s)
+        store = distributed.PrefixStore(name, met)
+        distributed.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+        _patient = distributed.new_group(backend="gloo", timeout=DOWNLOAD_TIME)
+    except (RuntimeError, ValueError) as error:
+        if not isinstance(error, distributed.DistError | ValueError) and not is_loss(error):
+            raise
         place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"the {launch.size} processes could not meet at {place} ({str(error).splitlines()[0]}): "
             "check that host, or choose another port"
         ) from error
+    _roll_call = RollCall(distributed.PrefixStore("roll call", store), launch.rank, launch.size, timeout_s)
+
+
+def _name_of_start(store: distributed.Store, launch: Launch, timeout_s: float) -> str:
+    """A new name that all processes of this start agree on, and none that ended before it knows.
+
+    torchrun keeps its store over a restart (torch 2.6 to 2.15), with the addresses of processes that ended, and what it
+    says of restarts (TORCHELASTIC_RESTART_COUNT) is the count of one node: it differs between nodes.
+    Each process gives rank 0 a word of its own, hears the name under that word, and returns it. Rank 0 also answers
+    words that ended processes have left, which nobody hears, until a live one has written over each.
+    """
+    own = uuid.uuid4().hex
+    if launch.rank > 0:
+        store.set(f"word/{launch.rank}", own)
+        name = store.get(f"name/{own}").decode()  # waits for it
+        store.set(f"word/{launch.rank}", name)
+        return name
+    deadline = time.monotonic() + timeout_s
+    missing = set(range(1, launch.size))
+    while True:
+        for rank in [rank for rank in missing if store.check([f"word/{rank}"])]:
+            word = store.get(f"word/{rank}").decode()
+            if word == own:
+                missing.remove(rank)
+            else:
+                store.set(f"name/{word}", own)
+        if not missing:
+            return own
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, sorted(missing)))
+            raise distributed.DistStoreError(f"no word from rank {ranks} within {timeout_s:g} s")
+        time.sleep(0.05)
 
 
 def stop() -> None:
+    global _roll_call, _patient
     if active():
         distributed.destroy_process_group()
+    _roll_call = _patient = None
+
+
+def leave_word(reason: str) -> None:
+    """Before this process fails: tells the others why, who would notice a closed connection alone."""
+    if _roll_call is not None:
+        _roll_call.leave_word(reason)
+
+
+@contextmanager
+def losses_explained(place: Callable[[], str]) -> Iterator[None]:
+    """ProcessLost where a collective in the block fails because another process has ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _roll_call is None or not is_loss(error):
+            raise
+        raise _roll_call.explain(error, place()) from error
+
+
+def launch_name(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Names this one start of torchrun on this machine: its restarts of the processes have it too, nothing else.
+
+    torchrun makes a folder of a new name when it starts, and tells the processes a file in it:
+    FOLDER/attempt_<restarts>/<local rank>/error.json. The run id alone may be used again, and is "none" by default.
+    """
+    place = Path(environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
+    if not place.name.startswith("attempt_"):
+        return None
+    return f"{environ.get('TORCHELASTIC_RUN_ID')} {platform.node()} {place.parent}"
 
 
 def active() -> bool:
@@ -183,21 +262,16 @@ def maximum(number: int) -> int:
 def main_first() -> Iterator[None]:
     """Rank 0 goes through the block before the others do: it downloads or writes what they then find.
 
-    If it fails there it leaves, and the launcher ends the others: the fault is told once.
+    If it fails there, they fail too.
     """
     if not active():
         yield
         return
-    # A group of its own, for its time-out: a download takes longer than any collective should.
-    group: Any = distributed.new_group(backend="gloo", timeout=DOWNLOAD_TIME)
     if not is_main():
-        try:
-            distributed.barrier(group)
-        except RuntimeError:  # rank 0 has left, and has said why
-            os._exit(1)
+        distributed.barrier(_patient)
     yield
     if is_main():
-        distributed.barrier(group)
+        distributed.barrier(_patient)
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -4,15 +4,19 @@ import base64
 import hashlib
 import http.client
 import os
+import re
 import ssl
 import urllib.error
+import urllib.parse
 import urllib.request
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import one_at_a_time
 
 CHUNK = 1 << 20  # bytes per read
 TIMEOUT = 30.0  # seconds without a byte before the connection counts as lost
@@ -40,7 +44,8 @@ def download(url: str, target: str | Path, *, md5: str | None = None, sha256: st
     Bytes arrive in `<target>.part`, which a later call resumes with a Range request (or starts again where
     the server ignores it). The file gets its name only when its length equals what the server declared and
     its checksum is right: the hex digests given, or else the md5 of an `x-goog-hash` header where the server
-    sends one. A connection that breaks is taken up again as long as each attempt brings new bytes.
+    sends one. A connection that breaks is taken up again as long as each attempt brings new bytes. Where several
+    processes want the same file, one fetches it and the others wait.
 
     Raises UserError when the server cannot be reached or refuses, when the disk cannot be written, or when a
     checksum differs (the file that came is then deleted; one that was there before is left alone).
@@ -53,10 +58,14 @@ def download(url: str, target: str | Path, *, md5: str | None = None, sha256: st
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        headers = _fetch_all(url, part)
-        _check_digests(part, wanted or _digests_in(headers), url)
-        os.replace(part, target)
-    except NETWORK_ERRORS as error:
+        with one_at_a_time(part):
+            if target.exists():  # by the process that was waited for
+                _check_existing(target, wanted)
+                return target
+            headers = _fetch_all(url, part)
+            _check_digests(part, wanted or _digests_in(headers), url)
+            os.replace(part, target)
+    except (*NETWORK_ERRORS, ValueError) as error:  # ValueError: a redirect to no address, a checksum that is none
         raise UserError(
             f"could not download {url} ({_reason(error)}): run again with a connection (what has arrived is "
             f"kept), or fetch it by hand and put it at {target}"
@@ -99,23 +108,52 @@ def _fetch_all(url: str, part: Path) -> Message:
 def _fetch(url: str, part: Path) -> tuple[Message, int | None]:
     """Append one response to `part`; return its headers and the declared length of the whole file, if any."""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        resumed = have > 0 and response.status == 206
-        if resumed:
-            total = _total_of_range(response.headers)
+    headers = {"User-Agent": "fine-grained-reproductions"} | ({"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT) as response:
+        length = _as_int(response.headers.get("Content-Length"))
+        if response.status == 206:
+            start, total = _range_of(response.headers)
+            if start != have:
+                part.unlink(missing_ok=True)
+                raise ConnectionError(f"the server sent the bytes from {start} where those from {have} were asked for")
+            if total is None and length is not None:
+                total = have + length
         else:
-            have, total = 0, _as_int(response.headers.get("Content-Length"))
+            have, total = 0, length
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem)
-        with bar, open(part, "ab" if resumed else "wb") as file:
-            while piece := response.read(CHUNK):
+        with bar, open(part, "ab" if have else "wb") as file:
+            while (total is None or have <= total) and (piece := response.read(CHUNK)):
                 file.write(piece)
+                have += len(piece)
                 bar.update(len(piece))
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the bytes
         return response.headers, total
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to http and https alone, and from https not to http."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        secure = ("https",) if req.type == "https" else ("http", "https")
+        if urllib.parse.urlsplit(newurl).scheme not in secure:
+            raise urllib.error.HTTPError(
+                req.full_url, code, f"{msg}: {newurl}, where no redirect may lead", headers, fp
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _range_of(headers: Message) -> tuple[int | None, int | None]:
+    """Return a and N of `Content-Range: bytes a-b/N`."""
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
+    return (int(found[1]), _as_int(found[2])) if found else (None, None)
+
+
 def _total_of_range(headers: Message) -> int | None:
-    """Return N of `Content-Range: bytes a-b/N` or `bytes */N`."""
+    """Return N of `Content-Range: bytes */N`."""
     return _as_int(headers.get("Content-Range", "").rpartition("/")[2])
 
 
@@ -158,6 +196,8 @@ def _check_existing(target: Path, wanted: dict[str, str]) -> None:
 
 
 def _reason(error: Exception) -> str:
+    """Why, in one line: urllib's words for a redirect in a circle are three."""
+    reason = str(getattr(error, "reason", error))
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answered {error.code} {error.reason}"
-    return str(getattr(error, "reason", error)) or type(error).__name__
+        reason = f"the server answered {error.code} {error.reason}"
+    return " ".join(reason.split()) or type(error).__name__

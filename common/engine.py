@@ -8,6 +8,7 @@ therefore equals training that was never interrupted, bit for bit where the arit
 generator state has to be saved.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +36,16 @@ PATIENCE = 10  # updates in a row skipped for a non-finite gradient before the r
 
 def logits_of(output: Any) -> Tensor:
     """The logits (B, C), which come first where a model returns more."""
-    return output[0] if isinstance(output, tuple) else output
+    logits: Tensor = output[0] if isinstance(output, tuple) else output
+    return logits
+
+
+def ranking(logits: Tensor, top: int) -> Tensor:
+    """The `top` best classes (B, top) of logits (B, C), best first; of equals the lower number, as `argmax` has it.
+
+    `topk` leaves the order of equals open, and half precision has many.
+    """
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :top]
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +110,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)
         self.wrapped = wrap(self.model, self.device)
+        self.buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # running statistics
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
         self.spare: Batch | None = None  # the last batch with an image in it
         self.rate = float(self.optimizer.param_groups[0]["lr"])  # of the present update, first parameter group
         self.sums = torch.zeros(3, dtype=torch.float64, device=_double(self.device))
@@ -169,6 +181,8 @@ class Trainer:
 
     def _update(self, step: int, batches: Iterator[Batch]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers_before, self.buffers)
         for micro in range(self.plan.accumulate):
             batch = next(batches)
             self.loading.note(self.images.split, batch)
@@ -197,13 +211,17 @@ class Trainer:
             if weight > 0:
                 self._count(loss.detach(), logits.detach(), labels)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        skipped = self.precision.step(self.optimizer, parameters, self.clip_grad).to(self.bad)
+        skipped = self.precision.step(self.optimizer, parameters, self.clip_grad)
+        for buffer, old in zip(self.buffers, self.buffers_before, strict=True):  # a NaN in them would stay for good
+            torch.where(skipped, old, buffer, out=buffer)
+        skipped = skipped.to(self.bad)
         total, row, longest = self.bad.unbind()
         row = (row + 1) * skipped
         self.bad = torch.stack([total + skipped, row, torch.maximum(longest, row)])
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        correct = (logits.argmax(-1) == labels).sum()
+        finite = logits.isfinite().all(-1)  # argmax takes NaN for the largest
+        correct = ((logits.argmax(-1) == labels) & finite).sum()
         values = (loss * len(labels), correct, torch.full_like(correct, len(labels)))
         self.sums += torch.stack([value.to(self.sums) for value in values])
 
@@ -249,6 +267,7 @@ def evaluate(
 ) -> Predictions:
     """Predictions for every sample of `images`, each counted once however many processes share the work.
 
+    UserError where logits are not finite: they have no best class.
     `model` is the bare module, not the wrapped one: processes may hold a different number of batches.
     """
     dist.share_buffers(model)
@@ -266,12 +285,16 @@ def evaluate(
             continue
         with precision.autocast():
             logits = logits_of(model(batch.images.to(device, non_blocking=True))).float()  # (B, C)
+        if logits.shape[1] != len(images.classes):
+            raise UserError(f"the model names {logits.shape[1]} classes, {images.split} has {len(images.classes)}")
         labels = batch.labels.to(device, non_blocking=True)
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        columns.append((labels, logits.topk(min(5, logits.shape[1])).indices, loss))
+        loss = F.cross_entropy(logits, labels, reduction="none").where(logits.isfinite().all(-1), math.nan)
+        columns.append((labels, ranking(logits, 5), loss))
         index.extend(batch.indices)
     model.train(training)
-    return _gathered(index, columns, images, unreadable)
+    merged = _gathered(index, columns, images, unreadable)
+    _check_finite(merged, images, precision)
+    return merged
 
 
 def _gathered(
@@ -285,9 +308,26 @@ def _gathered(
     return Predictions.merge(dist.gather(mine), len(images), set().union(*dist.gather(unreadable)))
 
 
+def _check_finite(predictions: Predictions, images: Images, precision: Precision) -> None:
+    bad = predictions.index[~np.isfinite(predictions.loss)]
+    if len(bad):
+        kind = precision.precision
+        overflow = "" if kind == "fp32" else f", or {kind} overflows: fp32 does not, in which a run has to be started"
+        raise UserError(
+            f"{images.split}: the model's output is not finite for {len(bad)} of {len(predictions.index)} images, the "
+            f"first of them {images.ids[bad[0]]}: its training has diverged, or its file is damaged{overflow}"
+        )
+
+
 def _double(device: torch.device) -> torch.device:
     """Where float64 sums live: MPS has none."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Loss and accuracy of the sums of `Trainer.report`; NaN where no image could be read."""
+    samples = sums["samples"] or math.nan
+    return {"loss": sums["loss"] / samples, "accuracy": sums["correct"] / samples}
 
 
 class Stopwatch:

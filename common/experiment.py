@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class Options:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of forward and backward
     amp_backend: Literal["native", "apex"] = "native"  # apex: where apex.amp is installed, for fp16
     accumulate: int = 1  # micro-batches an optimizer step is made of; the batch size stays, the memory falls
+    deterministic: bool = False  # equal bit for bit when run again, also on a GPU; slower there
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     workers: int | None = None  # data-loading processes per training process; none: 4, or the cores if they are fewer
     pin_memory: bool = True  # page-locked memory on the way to a GPU
@@ -147,11 +148,11 @@ class Experiment:
 
     def global_batch_size(self, recipe: Any) -> int:
         """Images per optimizer step, over all processes."""
-        return recipe.batch_size
+        return int(recipe.batch_size)
 
     def steps(self, recipe: Any, plan: Plan) -> int:
         """Optimizer steps of the whole training."""
-        return getattr(recipe, "steps", None) or recipe.epochs * plan.steps_per_epoch
+        return int(getattr(recipe, "steps", None) or recipe.epochs * plan.steps_per_epoch)
 
     def evaluate_every(self, recipe: Any, plan: Plan) -> int:
         """Optimizer steps between two evaluations."""
@@ -195,13 +196,18 @@ class Experiment:
         """The recipe fields that a released checkpoint says."""
         return {}
 
+    def classes_of(self, checkpoint: Path) -> list[str] | None:
+        """The class names that a released checkpoint says, where it says any."""
+        return None
+
     def recipe_of(self, recipe: Any, options: Options, said: dict[str, Any], overrides: dict[str, Any]) -> Any:
         """The recipe that goes with a checkpoint or a run, which has `said` these fields."""
         return dataclasses.replace(recipe, **(said | overrides))
 
     def model_arguments(self, recipe: Any) -> dict[str, Any]:
         """What a timm model is built with, beside the number of classes."""
-        return recipe.model_kwargs
+        arguments: dict[str, Any] = recipe.model_kwargs
+        return arguments
 
     def save_memory(self, recipe: Any, options: Options) -> str:
         """Flags with which less memory is needed, and the experiment stays the same."""
@@ -250,8 +256,17 @@ def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:
     return Data(cut(data.train), cut(data.val), cut(data.test))
 
 
-def make_model(experiment: Experiment, recipe: Any, num_classes: int, load: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with its starting weights, or (`load` false) bare for a checkpoint to fill; and what was loaded."""
+def make_model(
+    experiment: Experiment,
+    recipe: Any,
+    num_classes: int,
+    load: bool,
+    bounded: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - it keeps nothing
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with its starting weights, or (`load` false) bare for a checkpoint to fill; and what was loaded.
+
+    It is built inside of `bounded`, with nothing else.
+    """
     source = recipe.weights if load else "none"
     words = ("pretrained", "none") if experiment.has_pretrained else ("none",)
     if load:
@@ -267,7 +282,7 @@ def make_model(experiment: Experiment, recipe: Any, num_classes: int, load: bool
     pretrained = source == "pretrained"
     offline = explain_offline(recipe.model, pretrained, experiment.flag("weights"))
     # Rank 0 downloads first, the others find the file in the cache.
-    with dist.main_first(), offline, _explain_kwargs(recipe):
+    with dist.main_first(), offline, _explain_kwargs(recipe), bounded:
         bare = recipe if pretrained else experiment.with_weights(recipe, "none")
         model = experiment.build(bare, num_classes)
     if pretrained:

@@ -4,10 +4,14 @@ A crash, a kill or a full disk leaves the file that stood there before, whole.
 """
 
 import csv
+import errno
+import glob
 import io
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,9 +43,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def _disk_fault(error: BaseException | None) -> OSError | None:
     """The OSError behind `error`: torch.save answers a failing write with a RuntimeError of its own."""
-    while error is not None and not isinstance(error, OSError):
+    while isinstance(error, RuntimeError):
         error = error.__context__
-    return error
+    return error if isinstance(error, OSError) else None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -59,14 +63,61 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes what a killed process left behind of writing the file `name` in `folder`, or any file there."""
+    for leftover in folder.glob(f".{glob.escape(name) or '*'}.*.tmp"):
+        process = leftover.name.split(".")[-2]
+        if not (process.isdecimal() and _is_another(int(process))):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_another(process: int) -> bool:
+    """Whether that is a process which runs on this machine, and not this one."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return process != os.getpid()
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """Opens a file that somebody named; an OSError for what is no plain file.
+
+    A pipe would wait for its other end, and a device may have no end.
+    """
+    # With O_NONBLOCK nothing is waited for; plain files know no such thing.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, where a plain file is expected")
+
+
 def keep_earlier(path: Path) -> Path | None:
     """Gives a file that stands at `path` a number (name.1.bin), for another to take its place; returns where it is."""
     if not path.exists():
         return None
     number = 1
-    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(kept)
+    try:
+        while True:
+            kept = path.with_suffix(f".{number}{path.suffix}")
+            try:
+                kept.open("xb").close()  # another run may be looking for a name as well
+                break
+            except FileExistsError:
+                number += 1
+        try:
+            path.replace(kept)
+        except FileNotFoundError:  # that run was first
+            kept.unlink()
+            return None
+    except OSError as error:
+        raise UserError(
+            f"{path} is there and cannot be renamed to {kept.name} ({error.strerror}): move it, or let its folder be "
+            "written"
+        ) from error
     return kept
 
 
@@ -75,3 +126,42 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """One process after the other goes through the block in which the file `path` is made.
+
+    The lock is a file beside `path`, which goes at the end; one that a kill has left locks nothing. Where the system
+    has no such locks nobody waits.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{path}: waiting for another process that makes it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                pass
+            if not _is_still(lock, file):  # who had it has removed it: the next to come makes another
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_still(path: Path, file: BinaryIO) -> bool:
+    """Whether the open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -1,7 +1,7 @@
 """The folder of a run: `OUTPUT/<script>/<time>-<id>/`. No run ever writes into the folder of another.
 
 last.pt, best.safetensors, model.json (recipe, class names, preprocessing), log.jsonl, tensorboard/, record.json,
-tables.
+tables, .launch (which start of torchrun trains it).
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.errors import UserError
+from common.files import write_text
 from common.predict import read_model_info
 
 
@@ -57,9 +58,11 @@ class Lock:
             ) from None
         except OSError:
             return  # a file system without locks
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {platform.node()}\n")
-        self.file.flush()
+        try:
+            self.file.truncate(0)
+            os.write(self.file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}), which training does") from error
 
     def __enter__(self) -> "Lock":
         return self
@@ -67,6 +70,32 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def mark_launch(folder: Path, names: Collection[str]) -> None:
+    """Notes by which starts of torchrun (`dist.launch_name` of every process) the run in `folder` is trained."""
+    if names:
+        write_text(folder / ".launch", json.dumps(sorted(names)))
+
+
+def run_of_launch(output: str, script: str, names: Collection[str]) -> Path | None:
+    """The run of `script` that the same start of torchrun has trained before it started the processes again.
+
+    One of `names` is enough: of several machines one may have been replaced. None where nothing was saved yet.
+    """
+    for run in sorted((Path(output) / script).glob("*/"), reverse=True) if names else []:
+        mark = run / ".launch"
+        if mark.is_file() and (run / "last.pt").is_file() and not set(names).isdisjoint(_marked(mark)):
+            return run
+    return None
+
+
+def _marked(mark: Path) -> list[str]:
+    try:
+        names: list[str] = json.loads(mark.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{mark} is damaged: remove it, and go on with that run by --resume {mark.parent}") from error
+    return names
 
 
 def newest(output: str, script: str, having: str, lacking: str = "") -> Path:

@@ -6,8 +6,10 @@ Only rank 0 writes. A resumed run continues its files: lines of steps that will 
 import json
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,20 +26,26 @@ T = TypeVar("T")
 class Listener:
     """Follows a training run on rank 0, beside its own files: a program that writes more overrides what it needs.
 
-    Where its files cannot be written it raises UserError.
+    Where its files cannot be written it raises UserError. `files` are those outside of the run's folder, whose names an
+    earlier run may have used: Training moves such a file aside before the first call of `best`.
     """
+
+    files: tuple[Path, ...] = ()
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """`kind` is train or val; `values` are those of log.jsonl."""
 
-    def best(self, model: nn.Module, entry: dict[str, Any], first: bool) -> None:
-        """The model is the best so far; `first`: of this run nothing has been handed to `best` before.
+    def best(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        """The model is the best so far; `entry` is that of the evaluation: step, epoch, and the metrics `val`.
 
-        `entry` is that of the evaluation: step, epoch, and the metrics `val`.
+        Of a run that was killed it may be called again for the same model.
         """
 
     def last(self, model: nn.Module, entry: dict[str, Any]) -> None:
         """The training is done and the model as it left it; `entry` is that of its last evaluation."""
+
+    def flush(self) -> None:
+        """The run is about to be saved: what was logged up to here will not be logged again."""
 
     def close(self) -> None:
         """The run ends or is stopped."""
@@ -47,8 +55,15 @@ class Log:
     """Appends a JSON object a line to `folder/log.jsonl`, and its numbers to TensorBoard under `{kind}/{name}`."""
 
     def __init__(
-        self, folder: Path, from_step: int, wandb: bool, config: dict[str, Any], listener: Listener | None = None
+        self,
+        folder: Path,
+        from_step: int,
+        wandb: bool,
+        config: dict[str, Any],
+        listener: Listener | None = None,
+        evaluation_due: bool = False,
     ) -> None:
+        """A run that goes on from `from_step`, with the evaluation of that step if `evaluation_due`."""
         self.active = dist.is_main()
         self.wandb: Any = None
         self.listener = listener or Listener()
@@ -56,11 +71,13 @@ class Log:
             return
         self.path = folder / "log.jsonl"
         if self.path.exists():
-            _cut(self.path, from_step)
+            _cut(self.path, from_step, evaluation_due)
         # Imported here: it takes a second, and --help, --predict and every other process do without.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        self.before, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
+        with self._explain():
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
         if wandb:
             self.wandb = _start_wandb(folder, config)
 
@@ -70,23 +87,49 @@ class Log:
             return
         line = {"kind": kind, "step": step, **_finite(values), "time": round(time.time(), 3)}
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-        try:
+        with self._explain():
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             for tag, value in numbers.items():
                 self.board.add_scalar(tag, value, step)
-        except OSError as error:
-            raise UserError(f"{self.path} or tensorboard/ beside it cannot be written ({error.strerror})") from error
         self.listener.log(kind, step, values)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
+    def flush(self) -> None:
+        """Brings to the disk what a killed process would take with it: log.jsonl is written line by line."""
+        if self.active:
+            with self._explain():
+                self.board.flush()
+            self.listener.flush()
+
+    @contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path} or tensorboard/ beside it cannot be written ({error.strerror})") from error
+
     def close(self) -> None:
         if self.active:
-            self.board.close()
-            self.listener.close()
+            try:
+                with self._explain():
+                    self.board.close()
+            finally:
+                self.listener.close()
+                threading.excepthook = self.before
             if self.wandb is not None:
                 self.wandb.finish()
+
+
+def _without_tensorboard(excepthook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """`excepthook` without a failing disk in a thread of TensorBoard: its next call raises that once more, to us."""
+
+    def hear(error: Any) -> None:
+        if not (issubclass(error.exc_type, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
+            excepthook(error)
+
+    return hear
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -96,12 +139,14 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cut(path: Path, from_step: int) -> None:
+def _cut(path: Path, from_step: int, evaluation_due: bool) -> None:
     """Keeps the whole lines of steps up to `from_step`: a killed run may have logged on after its last checkpoint."""
 
     def keep(line: str) -> bool:
         try:
-            return line.endswith("\n") and json.loads(line)["step"] <= from_step
+            entry = json.loads(line)
+            done = entry["step"] <= from_step - (entry["kind"] == "val" and evaluation_due)
+            return line.endswith("\n") and done
         except (ValueError, KeyError, TypeError):  # what a power cut made of the last lines
             return False
 

@@ -20,28 +20,31 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from common import dist
+from common.building import built_for
 from common.data.images import Images
-from common.engine import logits_of
-from common.errors import UserError
+from common.engine import logits_of, ranking
+from common.errors import UserError, brief
 from common.files import write_csv, write_text
+from common.reading import read_json
 from common.recipe import parse
-from common.weights import load_checkpoint
+from common.weights import file_of, load_checkpoint
 
 # What model.json says.
-MODEL_INFO = (
-    "script",
-    "side",
-    "demo",
-    "seed",
-    "overrides",
-    "options",
-    "recipe",
-    "data",
-    "weights",
-    "architecture",
-    "classes",
-    "preprocessing",
-)
+MODEL_INFO: dict[str, tuple[type, ...]] = {
+    "script": (str,),
+    "side": (str,),
+    "demo": (bool,),
+    "seed": (int,),
+    "overrides": (dict,),
+    "options": (dict,),
+    "recipe": (dict,),
+    "data": (dict,),
+    "weights": (dict,),
+    "architecture": (dict,),
+    "classes": (list,),
+    "preprocessing": (list,),
+}
+MOST_PIXELS = 1 << 13  # a side of what the model sees
 # Our own models that model.json may name, by module.
 MODELS = {
     "common.models": ("GFT", "TransFG"),
@@ -83,8 +86,16 @@ def restore_transform(steps: list[dict[str, Any]]) -> T.Compose:
         arguments = {name: value for name, value in step.items() if name != "name"}
         if "interpolation" in arguments:
             arguments["interpolation"] = InterpolationMode(arguments["interpolation"])
+        for side in ("height", "width") if "size" in arguments else ():
+            _check_side(arguments["size"], side)
         restored.append(known[step["name"]](**arguments))
     return T.Compose(restored)
+
+
+def _check_side(size: Any, name: str) -> None:
+    side = size[name == "width"] if isinstance(size, list) and len(size) == 2 else size
+    if type(side) is not int or not 0 < side <= MOST_PIXELS:
+        raise ValueError(f"a {name} of {brief(side)} pixels")
 
 
 def describe_model(model: nn.Module, num_classes: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -109,21 +120,23 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
     if description["library"] == "timm":
         if not timm.is_model(name):  # nor a "hf-hub:..." that timm would fetch
             raise ValueError(f"timm has no model {name!r}")
-        return timm.create_model(name, pretrained=False, **arguments)
+        model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+        return model
     library = description["library"]
     if name not in MODELS.get(library, ()):
         raise ValueError(f"{library}.{name} is no model of this repository")
     if arguments.get("pretrained") or not timm.is_model(arguments.get("backbone", "vit_base_patch16_224")):
         raise ValueError("its weights would have to be downloaded")
     kind: Any = getattr(importlib.import_module(library), name)
-    return getattr(kind, "from_arguments", kind)(**arguments)
+    built: nn.Module = getattr(kind, "from_arguments", kind)(**arguments)
+    return built
 
 
 def read_model_info(run_folder: Path) -> dict[str, Any]:
     """`model.json` of a run; UserError where there is none."""
     path = run_folder / "model.json"
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info: dict[str, Any] = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} does not exist: expected the folder of a run, runs/<program>/<time>-<id>") from error
     except (OSError, ValueError) as error:
@@ -131,7 +144,32 @@ def read_model_info(run_folder: Path) -> dict[str, Any]:
     missing = [name for name in MODEL_INFO if not isinstance(info, dict) or name not in info]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it was not written by this repository")
+    for name, types in MODEL_INFO.items():
+        if type(info[name]) not in types:
+            raise UserError(f"{path} has {brief(info[name])} as {name}: it was not written by this repository")
+    _check_parts(path, info)
     return info
+
+
+def _check_parts(path: Path, info: dict[str, Any]) -> None:
+    """UserError where a part of model.json does not say what the programs read in it."""
+    architecture, data = info["architecture"], info["data"]
+    fingerprints = [part for part in data.values() if isinstance(part, dict)]
+    try:
+        restore_transform(info["preprocessing"])
+        faults = {
+            "architecture": [type(architecture.get(name)) for name in ("library", "name", "arguments")]
+            != [str, str, dict],
+            "classes": not info["classes"] or not all(type(name) is str for name in info["classes"]),
+            "data": set(data) != {"train", "val", "test"}
+            or [type(part.get(name)) for part in fingerprints for name in ("count", "classes")] != [int] * 6,
+            "weights": type(info["weights"].get("source")) is not str,
+        }
+    except Exception as error:  # torchvision raises nearly anything for arguments that are none
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} describes no preprocessing that can be done here ({reason})") from error
+    for name in (name for name, fault in faults.items() if fault):
+        raise UserError(f"{path} has {brief(info[name])} as {name}: it was not written by this repository")
 
 
 @dataclass
@@ -152,8 +190,12 @@ class Predictor:
         for start in range(0, len(images), batch_size):
             batch = torch.stack([images[i][0] for i in range(start, min(start + batch_size, len(images)))])
             logits = logits_of(self.model(batch.to(self.device))).float()  # (B, C)
-            best = logits.softmax(-1).topk(min(top, len(self.classes)))
-            for classes, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            for path, finite in zip(paths[start:], logits.isfinite().all(-1).tolist(), strict=False):
+                if not finite:
+                    raise UserError(f"{path}: the model's output is not finite: its training has diverged")
+            best = ranking(logits, top)
+            values = logits.softmax(-1).gather(-1, best)
+            for classes, probabilities in zip(best.tolist(), values.tolist(), strict=True):
                 ranked.append(list(zip(classes, probabilities, strict=True)))
         return ranked
 
@@ -161,14 +203,13 @@ class Predictor:
 def load_run(folder: Path, device: torch.device) -> Predictor:
     """The best model of a run. UserError where a file is missing or damaged, or does not belong to the other."""
     info = read_model_info(folder)
-    try:
+    with built_for(file_of(folder), folder / "model.json"):
         model, transform = rebuild(info["architecture"]), restore_transform(info["preprocessing"])
         num_classes = info["architecture"]["arguments"]["num_classes"]
-    except Exception as error:  # a description that was edited can make the libraries raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder / 'model.json'} describes no model that can be built here ({reason})") from error
     if num_classes != len(info["classes"]):
-        raise UserError(f"{folder / 'model.json'} names {len(info['classes'])} classes for a model of {num_classes}")
+        raise UserError(
+            f"{folder / 'model.json'} names {len(info['classes'])} classes for a model of {brief(num_classes)}"
+        )
     load_checkpoint(model, folder)
     return Predictor(model.to(device), transform, info["classes"], device)
 

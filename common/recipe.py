@@ -20,8 +20,12 @@ import tokenize
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
+
+from common.errors import UserError, brief
 
 RecipeT = TypeVar("RecipeT")
 OptionsT = TypeVar("OptionsT")
@@ -184,6 +188,74 @@ def _separated(word: str, separator: str) -> str:
     flag, equals, value = word.partition("=")
     flag = "--" + flag[2:].replace("-", separator).replace("_", separator)
     return flag.replace("--no_", "--no-") + equals + value  # argparse spells this one itself
+
+
+def check_value(source: str | Path, key: str, value: Any, fields_class: type) -> Any:
+    """Return the value of the field `key` of a dataclass, integers and words for floats as floats.
+
+    Raises UserError, naming `source`, the file that it comes from, and the field, where it is of another type or no
+    choice.
+    """
+    kinds = _kinds(typing.get_type_hints(fields_class)[key])
+    for kind in kinds:
+        with suppress(ValueError, OverflowError):
+            return _as(kind, value)
+    expected = " or ".join(kind if isinstance(kind, str) else NAMES[kind] for kind in kinds)
+    raise UserError(f"{source}: {key}: {brief(value)} is of the wrong type or no choice: expected {expected}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """The value as one of this kind; ValueError for another."""
+    if kind is float and type(value) in (int, str):  # YAML reads 1e-5 as a word
+        return float(value)
+    if kind == list[float] and type(value) is list:
+        return [_as(float, item) for item in value]
+    if kind == list[str] and type(value) is list:
+        return [_as(str, item) for item in value]
+    if kind is int and type(value) is int and value.bit_length() > INTEGER_BITS:
+        raise ValueError
+    if kind is dict:
+        _check_parts(value)
+    if value == kind if isinstance(kind, str) else type(value) is kind:
+        return value
+    raise ValueError
+
+
+def _check_parts(value: Any) -> None:
+    """ValueError unless all that is inside has a JSON form, and is not without end: pickles can name a list often."""
+    parts, count = [value], 0
+    while parts:
+        part = parts.pop()
+        count += 1
+        inner = [*part, *part.values()] if type(part) is dict else part if type(part) in (list, tuple) else []
+        if count + len(inner) > MOST_PARTS or not (type(part) in PLAIN or part is None):
+            raise ValueError
+        parts.extend(inner)
+
+
+INTEGER_BITS = 63  # what torch takes
+MOST_PARTS = 1000  # of arguments in arguments
+PLAIN = (bool, int, float, str, list, tuple, dict)
+NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list[float]: "a list of numbers",
+    list[str]: "a list of texts",
+    type(None): "null",
+}
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types, and the words of a Literal, that an annotation allows."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in typing.get_args(hint) for kind in _kinds(part)]
+    if origin is Literal:
+        return list(typing.get_args(hint))
+    return [dict if origin is dict else hint]
 
 
 class _KeyValues(argparse.Action):

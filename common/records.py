@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, brief
 from common.files import write_text
+from common.reading import read_json
 
 SCHEMA = 1
 SIDES = ("described", "released")
@@ -46,10 +47,10 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 def read_record(path: str | Path) -> dict[str, Any]:
     """The record in this file. Raises UserError, naming the file, where it is no possible record."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = read_json(Path(path))
     except OSError as error:
         raise UserError(f"Cannot read the record {path}: {error.strerror or error}.") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
         raise UserError(f"The record {path} is not valid JSON ({error}); move it away or restore it.") from error
     fault = _fault(record)
     if fault:
@@ -83,19 +84,19 @@ def _fault(record: Any) -> str:
     if not isinstance(record, dict):
         return "is not a JSON object"
     if record.get("schema") != SCHEMA:
-        return f"has schema {record.get('schema')!r}, this program reads schema {SCHEMA}"
+        return f"has schema {brief(record.get('schema'))}, this program reads schema {SCHEMA}"
     for name, types in REQUIRED.items():
         if name not in record:
             return f"lacks the field {name!r}"
         if not isinstance(record[name], types) or isinstance(record[name], bool):
-            return f"has {record[name]!r} in the field {name!r}"
+            return f"has {brief(record[name])} in the field {name!r}"
     if record["side"] not in SIDES:
-        return f"has the side {record['side']!r}, expected {' or '.join(SIDES)}"
+        return f"has the side {brief(record['side'])}, expected {' or '.join(SIDES)}"
     if not all(isinstance(reason, str) for reason in record["excluded"]):
         return "has a reason in 'excluded' that is no text"
     for name, result in (record["results"] or {}).items():
         if result is not None and not isinstance(result, dict):
-            return f"has {result!r} in results.{name}"
+            return f"has {brief(result)} in results.{name}"
         for split in ("val", "test"):
             metrics = (result or {}).get(split)
             fault = "" if metrics is None else _metrics_fault(metrics)
@@ -110,7 +111,7 @@ def _whole(value: Any) -> bool:
 
 def _metrics_fault(metrics: Any) -> str:
     if not isinstance(metrics, dict):
-        return f"has {metrics!r}"
+        return f"has {brief(metrics)}"
     correct: Any = metrics.get("correct")
     total: Any = metrics.get("total")
     if not _whole(correct) or not _whole(total):
@@ -119,9 +120,9 @@ def _metrics_fault(metrics: Any) -> str:
     if total < 1 or not 0 <= correct <= total:
         return f"has the impossible count {correct} correct of {total}"
     if top5 is not None and not (_whole(top5) and correct <= top5 <= total):
-        return f"has the impossible count top5_correct {top5!r} beside {correct} correct of {total}"
+        return f"has the impossible count top5_correct {brief(top5)} beside {correct} correct of {total}"
     top1 = metrics.get("top1")
     # The counts decide; a rate that contradicts them means that the file was edited or its writer is wrong.
     if top1 is not None and not (isinstance(top1, (int, float)) and abs(top1 - correct / total) <= 1e-4):
-        return f"has top1 {top1!r} beside {correct} correct of {total}"
+        return f"has top1 {brief(top1)} beside {correct} correct of {total}"
     return ""

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -23,18 +24,33 @@ from torch.optim import Optimizer
 from common import dist
 from common.data import Data
 from common.data.loader import Plan, seed_everything
+from common.determinism import make_deterministic, settings_kept
+from common.earlier import (
+    check_classes,
+    check_data,
+    check_kept,
+    find_checkpoint,
+    model_info,
+    resumable,
+    started_before,
+    trained_model,
+)
 from common.engine import Objective, Trainer, cross_entropy
 from common.errors import UserError
-from common.experiment import NEWEST, Experiment, Options, checkpoint_gradients, make_model, read_data
+from common.experiment import Experiment, Options, checkpoint_gradients, make_model, read_data
 from common.files import write_text
-from common.folders import Lock, check_same_experiment, new_folder, newest, open_run
+from common.folders import (
+    Lock,
+    check_same_experiment,
+    mark_launch,
+    new_folder,
+)
 from common.log import say
+from common.lost import ProcessLost
 from common.metrics import write_tables
 from common.predict import (
     Predictor,
     check_out,
-    describe_model,
-    describe_transform,
     find_images,
     restore_transform,
     write_predictions,
@@ -42,11 +58,11 @@ from common.predict import (
 from common.provenance import device_name
 from common.recipe import parse
 from common.records import write_record
-from common.train import Session, Training, plan_batches, tell_results
-from common.weights import load_checkpoint, sha256_of
+from common.session import Session
+from common.train import Training, plan_batches, tell_results
+from common.weights import sha256_of
 
-REPEAT_AFTER = 3.0  # seconds until another process than rank 0 says what is wrong
-KEPT = ("limit", "precision", "amp_backend", "accumulate")  # options that a resumed run keeps: they are in its figures
+REPEAT_AFTER = 3.0  # seconds until another process than the first says what is wrong
 
 
 def run(
@@ -89,21 +105,38 @@ def start(experiment: Experiment, argv: list[str] | None = None) -> None:
             configure,
             experiment.no_flags,
         )
-        _dispatch(experiment, recipe, options, overrides, chosen)
+        with settings_kept(), dist.losses_explained(lambda: ""), _long_names_explained():
+            _dispatch(experiment, recipe, options, overrides, chosen)
     except UserError as error:
-        if not dist.is_main():  # what all processes find, rank 0 says: its launcher ends the others meanwhile
+        if not isinstance(error, ProcessLost):
+            dist.leave_word(str(error))
+        first = error.first if isinstance(error, ProcessLost) else dist.is_main()
+        if not first:  # what all processes find, one says: its launcher ends the others meanwhile
             time.sleep(REPEAT_AFTER)
         print(f"{title}: error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except KeyboardInterrupt:
+        dist.leave_word("it was interrupted")
         print(f"{title}: interrupted; a training run goes on from its last save with --resume", file=sys.stderr)
         _leave(130)
-    except Exception:
+    except Exception as error:
         if not dist.active():
             raise
+        dist.leave_word(" ".join(f"{type(error).__name__}: {error}".split()))
         traceback.print_exc()  # and away: taking leave of the group would wait for the others, and they for this one
         _leave(1)
     dist.stop()
+
+
+@contextmanager
+def _long_names_explained() -> Iterator[None]:
+    """Of a path that is too long for the system even the question whether it exists is an error, for whatever flag."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"{error.filename} is too long a name for the file system: choose a shorter one") from error
 
 
 @contextmanager
@@ -174,30 +207,38 @@ def _train(
     chosen: dict[str, Any],
     device: torch.device,
 ) -> None:
+    launches = {name for name in dist.gather(dist.launch_name()) if name}
+    started = started_before(experiment, recipe, options, launches)
+    if started is not None:
+        if (started / "record.json").exists():
+            say(f"{started} was finished before the launcher started this again: nothing is left to do")
+            return
+        say(f"started again by the launcher: going on with {started}")
+        options = dataclasses.replace(options, resume=str(started))
     seed, folder = recipe.seed, None
     if options.resume:
-        folder, info = _resumable(experiment, recipe, options)
+        folder, info = resumable(experiment, recipe, options)
         if experiment.has_configuration:  # what its files said when the run was started holds
             recipe = dataclasses.replace(recipe, **(info["recipe"] | overrides))
         if options.demo:  # what a demo changes may depend on what it was started with
             recipe = experiment.demo_recipe(recipe, options, info["overrides"] | overrides)
         check_same_experiment(folder, info, dataclasses.asdict(recipe), overrides, options.demo, experiment.places)
-        _check_kept(chosen, info, folder)
+        check_kept(chosen, info, folder)
         moved = {name: getattr(recipe, name) for name in experiment.places if name in overrides}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
     options = experiment.options(recipe, options, device, chosen)
     if folder is not None:
         options = dataclasses.replace(options, **info["options"])
+    if options.deterministic:
+        make_deterministic()
     precision = experiment.precision(recipe, options, device)
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
     data = read_data(experiment, recipe, options)
     fingerprints = {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")}
-    if folder is not None and info["data"] != fingerprints:
-        raise UserError(
-            f"{folder} was started on other images or labels than {recipe.data_root} holds now: start a new run"
-        )
+    if folder is not None:
+        check_data(folder, info["data"], fingerprints, recipe.data_root)
     order = experiment.order(recipe, len(data.train), seed)
     batch_size = experiment.global_batch_size(recipe)
     plan = plan_batches(experiment, order, len(data.train), batch_size, options.accumulate)
@@ -214,8 +255,10 @@ def _train(
         weights = info["weights"]
     session = Session(experiment, folder, recipe, options, overrides, seed, data, weights, device, precision)
     if dist.is_main() and not resume:
-        write_text(folder / "model.json", json.dumps(_model_info(session, model), indent=1))
+        write_text(folder / "model.json", json.dumps(model_info(session, model), indent=1))
     with Lock(folder) if dist.is_main() else nullcontext(), _explain_memory(experiment, recipe, options):
+        if dist.is_main():
+            mark_launch(folder, launches)
         trainer = _trainer(session, model.to(device), plan)
         _say_plan(session, trainer)
         Training(session, trainer, resume, experiment.evaluate_every(recipe, plan)).run()
@@ -260,75 +303,10 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
     say(f"run folder: {session.folder}")
 
 
-def _check_kept(chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> None:
-    """A UserError for an option of KEPT that was now `chosen` otherwise than when the run was started."""
-    for name in KEPT:
-        then = info["options"][name]
-        if chosen.get(name, then) != then:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{folder} was started with {flag} {then}: resume it without {flag} {chosen[name]}")
-
-
 def _new_folder(experiment: Experiment, recipe: Any, options: Options) -> Path:
     """The folder of this run, which rank 0 makes."""
     made = str(new_folder(options.output, experiment.folder(recipe))) if dist.is_main() else ""
     return Path(dist.broadcast(made))
-
-
-def _resumable(experiment: Experiment, recipe: Any, options: Options) -> tuple[Path, dict[str, Any]]:
-    if options.resume == NEWEST:
-        path = str(newest(options.output, experiment.folder(recipe), having="last.pt", lacking="record.json"))
-    else:
-        path = str(options.resume)
-    folder, info = open_run(path, experiment.name)
-    if (folder / "record.json").exists():
-        raise UserError(f"{folder} is finished: see its record.json, or start a new run")
-    return folder, info
-
-
-def _model_info(session: Session, model: nn.Module) -> dict[str, Any]:
-    """What `model.json` says: enough to resume, to evaluate, and to predict without the script."""
-    recipe, data = session.recipe, session.data
-    return {
-        "script": session.experiment.name,
-        "side": session.side,
-        "demo": session.options.demo,
-        "seed": session.seed,
-        "overrides": session.overrides,
-        "options": {name: getattr(session.options, name) for name in KEPT},
-        "recipe": dataclasses.asdict(recipe),
-        "weights": session.weights,
-        "data": {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")},
-        "architecture": describe_model(model, len(data.classes), session.experiment.model_arguments(recipe)),
-        "classes": data.classes,
-        "preprocessing": describe_transform(data.test.transform),
-    }
-
-
-def _checkpoint(
-    experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]
-) -> tuple[Path, Any, dict[str, Any] | None]:
-    """The checkpoint that --eval or --checkpoint names, the recipe that goes with it, its `model.json` if ours."""
-    name = options.eval or options.checkpoint
-    path = Path(name or newest(options.output, experiment.folder(recipe), having="best.safetensors"))
-    if not path.exists():
-        raise UserError(f"{path} does not exist: expected a run's folder, a .safetensors file or a released checkpoint")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "model.json").is_file():
-        if path.is_dir():
-            raise UserError(f"{path} is not the folder of a run: it has no model.json")
-        return path, experiment.recipe_of(recipe, options, experiment.said_by(path), overrides), None
-    _, info = open_run(str(folder), experiment.name)
-    unknown = info["recipe"].keys() - {field.name for field in dataclasses.fields(recipe)}
-    if unknown:
-        raise UserError(f"{folder / 'model.json'} has the recipe field {min(unknown)}, which this script does not know")
-    return path, experiment.recipe_of(recipe, options, info["recipe"], overrides), info
-
-
-def _load(model: nn.Module, path: Path, recipe: Any) -> None:
-    dropped = load_checkpoint(model, path)
-    if any(key.endswith("ema_grad") for key in dropped) and not recipe.released:
-        say(f"note: {path} was written by the released GFT code: add --released to compute what that code computes")
 
 
 def _evaluate(
@@ -339,15 +317,18 @@ def _evaluate(
     chosen: dict[str, Any],
     device: torch.device,
 ) -> None:
-    path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
+    checkpoint = find_checkpoint(experiment, recipe, options, overrides)
+    path, recipe, info, _ = checkpoint
     _check_numbers(experiment, recipe, options)
     options = experiment.options(recipe, options, device, chosen)
     if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
         raise UserError(f"{experiment.flag('amp_backend')} apex is for training: evaluate without it")
+    if options.deterministic:
+        make_deterministic()
     precision = experiment.precision(recipe, options, device)
     data = read_data(experiment, recipe, options)
-    model, _ = make_model(experiment, recipe, len(data.classes), load=False)
-    _load(model, path, recipe)
+    check_classes(path, info["classes"] if info else experiment.classes_of(path), data)
+    model = trained_model(experiment, checkpoint, len(data.classes))
     folder = _new_folder(experiment, recipe, options)
     weights = {"source": str(path), "sha256": sha256_of(path / "best.safetensors" if path.is_dir() else path)}
     session = Session(experiment, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
@@ -372,13 +353,15 @@ def _predict(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
 ) -> None:
     paths = find_images(options.predict or [])
-    path, recipe, info = _checkpoint(experiment, recipe, options, overrides)
+    if options.deterministic:
+        make_deterministic()
+    checkpoint = find_checkpoint(experiment, recipe, options, overrides)
+    path, recipe, info, _ = checkpoint
     if info is None:  # a bare file says neither class names nor preprocessing: the data set and the script do
         classes, transform = _classes_and_transform(experiment, recipe, options, path)
     else:
         classes, transform = info["classes"], restore_transform(info["preprocessing"])
-    model, _ = make_model(experiment, recipe, len(classes), load=False)
-    _load(model, path, recipe)
+    model = trained_model(experiment, checkpoint, len(classes))
     say(f"model: {path}")
     if dist.is_main():
         with _explain_memory(experiment, recipe, options):
@@ -396,4 +379,5 @@ def _classes_and_transform(
         if found is None:
             raise
         return found
+    check_classes(checkpoint, experiment.classes_of(checkpoint), data)
     return data.classes, data.test.transform

@@ -1,154 +1,47 @@
 """One training run: the loop around the engine that logs, evaluates, selects, saves, stops on request and tests."""
 
 import dataclasses
-import os
-import platform
 import shlex
 import signal
-import sys
 import time
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
-
-import torch
-from torch import nn
+from typing import Any, NoReturn
 
 from common import dist
-from common.amp import Precision
-from common.checkpoint import load_state, save_state, save_weights
-from common.data import Data
-from common.data.images import Images
-from common.data.loader import Order, Plan
-from common.engine import Loading, Stopwatch, Trainer, evaluate
+from common.checkpoint import check_like, check_optimizer_state, load_state, save_state, save_weights
+from common.data.loader import Batch, Order, Plan
+from common.engine import Stopwatch, Trainer, means
 from common.errors import UserError
-from common.experiment import Experiment, Options
-from common.log import Log, bar, say, watched
-from common.metrics import Predictions, summarize, write_tables
-from common.provenance import (
-    data_differences,
-    depends_on_micro_batches,
-    device_name,
-    parameter_counts,
-    peak_memory,
-    versions,
-)
+from common.experiment import Experiment
+from common.files import keep_earlier, remove_leftovers
+from common.log import Log, bar, say
+from common.metrics import Predictions, write_tables
 from common.records import write_record
 from common.results import row_line
+from common.session import Session
 from common.weights import load_checkpoint
 
+DRAWS = 2  # raised where the same seed comes to mean other random numbers: an older run cannot go on
 
-@dataclass
-class Session:
-    """One use of a program: what was asked for, on which data and device, and where its files go."""
 
-    experiment: Experiment
-    folder: Path
-    recipe: Any
-    options: Options
-    overrides: dict[str, Any]
-    seed: int
-    data: Data
-    weights: dict[str, Any]
-    device: torch.device
-    precision: Precision
-    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+class Stopped(Exception):
+    """The training was asked to stop by `signal`, and has come to a place where it can."""
 
-    def __post_init__(self) -> None:
-        options = self.options
-        batch = options.eval_batch_size or max(1, self.experiment.global_batch_size(self.recipe) // dist.size())
-        workers = min(4, os.cpu_count() or 1) if options.workers is None else options.workers
-        self.loading = Loading(workers, batch, options.skip_bad_images, options.pin_memory)
-
-    @property
-    def side(self) -> str:
-        return "released" if self.recipe.released else "described"
-
-    @property
-    def row(self) -> str | None:
-        """The row of a paper's table."""
-        return self.experiment.row(self.recipe)
-
-    @property
-    def command(self) -> str:
-        """What a user types to run the program again, as it was started."""
-        start = ["python"] if dist.size() == 1 else ["torchrun", "--nproc_per_node", str(dist.size())]
-        given = [f"--{name}={value}" for name, value in self.experiment.given(self.recipe).items()]
-        return shlex.join([*start, sys.argv[0], *given, *(["--demo"] if self.options.demo else [])])
-
-    def measure(self, model: nn.Module, images: Images) -> tuple[dict[str, Any], Predictions]:
-        """Metrics of `model` on all of `images`, and what they were counted from."""
-        share = -(-len(images) // dist.size())
-        batches = -(-share // self.loading.eval_batch_size)
-        predictions = evaluate(
-            model,
-            images,
-            self.device,
-            self.precision,
-            self.loading,
-            lambda items: watched(items, images.split, batches),
-        )
-        return summarize(predictions, len(images.classes), images.split), predictions
-
-    def record(
-        self, model: nn.Module, status: str, excluded: list[str], results: dict[str, Any], **more: Any
-    ) -> dict[str, Any]:
-        """The JSON record of this run (schema: common.records)."""
-        options = self.options
-        reasons = list(excluded)
-        if options.demo:
-            reasons.append("demo")
-        else:
-            changes = self.experiment.alterations(self.recipe, trained=status == "finished")
-            reasons += [f"altered: {change}" for change in changes]
-            if options.accumulate > 1 and depends_on_micro_batches(model):
-                reasons.append(f"altered: accumulate 1 -> {options.accumulate}")
-            counts = self.experiment.counts(self.recipe)
-            reasons += ["limited data"] if options.limit is not None else data_differences(self.data, counts)
-        unreadable = dist.gather(self.loading.unreadable)
-        skipped = sorted({why for part in unreadable for split in part.values() for why in split.values()})
-        splits = {name: getattr(self.data, name).fingerprint() for name in ("train", "val", "test")}
-        rule = f"highest top-1 accuracy on {self.data.val.split}; the earliest on a tie"
-        return {
-            "schema": 1,
-            "row": self.row,
-            "script": self.experiment.script,
-            "side": self.side,
-            "status": status,
-            "excluded": reasons,
-            "recipe": dataclasses.asdict(self.recipe),
-            "overrides": self.overrides,
-            "options": dataclasses.asdict(options),
-            "seed": self.seed,
-            "data": {"name": self.data.test.name, **splits},
-            "weights": self.weights,
-            "versions": versions(),
-            "device": device_name(self.device),
-            "host": platform.node(),
-            "processes": dist.size(),
-            "precision": options.precision,
-            "amp_backend": options.amp_backend,
-            "selection": {"split": self.data.val.split, "rule": rule, "kind": self.data.selection},
-            "results": results,
-            "parameters": parameter_counts(model),
-            "peak_memory_bytes": max(dist.gather(peak_memory(self.device))),
-            "skipped_images": skipped,
-            "started": self.started,
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **more,
-        }
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
 
 
 class StopRequest:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning) into a request that is met after the present step.
 
-    A second Ctrl-C interrupts at once.
+    In an evaluation it is met after the present batch. A second Ctrl-C interrupts at once.
     """
 
-    def __enter__(self) -> "StopRequest":
+    def __init__(self) -> None:
         self.signal = 0
+
+    def __enter__(self) -> "StopRequest":
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
         self.before = {getattr(signal, name): signal.signal(getattr(signal, name), self._note) for name in names}
         return self
@@ -161,6 +54,20 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Stopped, on every process, where one of them was asked; all of them have to call this."""
+        number = dist.maximum(self.signal)
+        if number:
+            raise Stopped(number)
+
+    def until_asked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, of which processes may have different numbers; Stopped at their end where one was asked."""
+        for batch in batches:
+            if self.signal:
+                break
+            yield batch
+        self.check()
 
 
 class Training:
@@ -176,18 +83,21 @@ class Training:
         self.watch = Stopwatch()
         self.epoch_sums: dict[str, float] = {}  # of the training since the last evaluation
         self.latest: tuple[dict[str, Any], Predictions] | None = None
+        self.stop = StopRequest()
         if resume:
             self._restore()
         self.clock = time.perf_counter()
         self.log = self._open_log()
-        if resume and self.best is not None and self.best["step"] == self.trainer.step:
-            self._save_best()  # the run may have been killed after last.pt and before the best weights were written
+        if resume and dist.is_main():
+            remove_leftovers(session.folder)
+            for path in self.log.listener.files:
+                remove_leftovers(path.parent, path.name)
 
     def _open_log(self) -> Log:
         session, step = self.session, self.trainer.step
         config = {"script": session.experiment.name, "seed": session.seed, **dataclasses.asdict(session.recipe)}
         listener = session.experiment.listener(session, step) if dist.is_main() else None
-        return Log(session.folder, step, session.options.wandb, config, listener)
+        return Log(session.folder, step, session.options.wandb, config, listener, self._evaluation_due)
 
     @property
     def epoch(self) -> float:
@@ -203,17 +113,28 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the record; SystemExit, with everything saved, when asked to stop before."""
         try:
-            if self.trainer.step == 0:
-                self._save()  # a run that dies in its first epoch can be resumed too, and a full disk shows at once
-            with StopRequest() as stop:
-                if self._evaluation_due:  # the run was stopped between an epoch and its evaluation
-                    self._evaluate()
-                self._loop(stop)
-            return self._test()
+            with self.stop, dist.losses_explained(lambda: f" after step {self.trainer.step}"):
+                if self.trainer.step == 0:
+                    self._save()  # a run that dies in its first epoch can be resumed too, and a full disk shows at once
+                elif self.best is not None and self.best["step"] == self.trainer.step:
+                    self._save_best()  # the run may have been killed after last.pt and before these were written
+                self._train()
+                return self._test()
+        except Stopped as stopped:
+            self._say_goodbye(stopped.signal)
         finally:
             self.log.close()
 
-    def _loop(self, stop: StopRequest) -> None:
+    def _train(self) -> None:
+        try:
+            if self._evaluation_due:  # the run was stopped between an epoch and its evaluation, or in it
+                self._evaluate()
+            self._loop()
+        except Stopped:
+            self._save()
+            raise
+
+    def _loop(self) -> None:
         trainer, options = self.trainer, self.session.options
         per_epoch = trainer.plan.steps_per_epoch
         progress = None
@@ -230,10 +151,7 @@ class Training:
             if epoch_done:
                 progress.close()
                 progress = None
-            number = dist.maximum(stop.signal)
-            if number:
-                self._save()
-                self._say_goodbye(number)
+            self.stop.check()
             if self._evaluation_due:
                 self._evaluate()
             elif options.save_every and step % options.save_every == 0:
@@ -244,7 +162,7 @@ class Training:
         """Logs the steps since the last report, adds them to the epoch's sums, and says them for the bar."""
         sums = self.trainer.report()
         self.epoch_sums = {name: self.epoch_sums.get(name, 0.0) + value for name, value in sums.items()}
-        figures = {"loss": sums["loss"] / sums["samples"], "accuracy": sums["correct"] / sums["samples"]}
+        figures = means(sums)
         speed = round(self.watch.rate(), 2)
         more = {"lr": self.trainer.rate, "images_per_s": speed, "skipped": self.trainer.skipped}
         self.log.write("train", self.trainer.step, epoch=round(self.epoch, 4), **figures, **more)
@@ -252,7 +170,7 @@ class Training:
 
     def _evaluate(self) -> None:
         """Evaluates on the selection split and saves; the weights too, if they are the best so far."""
-        metrics, predictions = self.session.measure(self.model, self.session.data.val)
+        metrics, predictions = self.session.measure(self.model, self.session.data.val, self.stop.until_asked)
         self.latest = metrics, predictions
         step = self.trainer.step
         entry = {"step": step, "epoch": round(self.epoch, 4), "val": metrics}
@@ -260,6 +178,9 @@ class Training:
         figures = {name: value for name, value in metrics.items() if name != "split"}
         self.log.write("val", step, epoch=entry["epoch"], **figures)
         better = self.best is None or metrics["correct"] > self.best["val"]["correct"]
+        if self.best is None:
+            # Before the state says that there is a best: from then on such files are this run's own, killed or not.
+            self._keep_earlier_files()
         if better:
             self.best = entry
         self._tell(metrics, better)
@@ -272,7 +193,8 @@ class Training:
         sums = self.epoch_sums
         trained = ""
         if sums:
-            trained = f"train loss {sums['loss'] / sums['samples']:.4f} acc {sums['correct'] / sums['samples']:.2%} | "
+            figures = means(sums)
+            trained = f"train loss {figures['loss']:.4f} acc {figures['accuracy']:.2%} | "
         say(
             f"epoch {self.epoch:g}/{self.trainer.steps / self.trainer.plan.steps_per_epoch:g} | {trained}"
             f"{metrics['split']} loss {metrics['loss']:.4f} acc {metrics['top1']:.2%} "
@@ -280,30 +202,41 @@ class Training:
         )
         self.epoch_sums = {}
 
+    def _keep_earlier_files(self) -> None:
+        for path in self.log.listener.files:
+            if kept := keep_earlier(path):
+                say(f"{path} of an earlier run is now {kept}")
+
     def _save(self) -> None:
+        self.log.flush()
         now = time.perf_counter()
         self.wall_seconds, self.clock = self.wall_seconds + now - self.clock, now
         state = self.trainer.state_dict()  # on every process: each brings its own share
         state |= {"history": self.history, "best": self.best, "wall_seconds": self.wall_seconds}
         state |= {"processes": dist.size(), "batch_size": self.trainer.plan.batch_size, "epoch_sums": self.epoch_sums}
+        state |= {"draws": DRAWS}
         state |= {"trained_images": self.watch.images, "trained_seconds": self.watch.seconds}
         if dist.is_main():
             save_state(self.session.folder / "last.pt", state)
 
     def _save_best(self) -> None:
         if dist.is_main() and self.best is not None:
-            path = self.session.folder / "best.safetensors"
-            self.log.listener.best(self.model, self.best, first=not path.exists())
+            self.log.listener.best(self.model, self.best)
             val = self.best["val"]
             name, step = self.session.experiment.name, str(self.best["step"])
             note = {"script": name, "step": step, "val_top1": f"{val['top1']:.6f}"}
-            save_weights(path, self.model.state_dict(), note)
+            save_weights(self.session.folder / "best.safetensors", self.model.state_dict(), note)
 
     def _restore(self) -> None:
         folder = self.session.folder
         path = folder / "last.pt"
         state = load_state(path)
+        if state.get("draws") != DRAWS:
+            raise UserError(
+                f"{path} was saved by a version of this program that draws other random numbers: start a new run"
+            )
         try:
+            self._check(state)
             if state["processes"] != dist.size() and any(state["transient"]):
                 raise UserError(
                     f"{path} was saved by {state['processes']} processes, each with a moving average of its own: "
@@ -320,16 +253,31 @@ class Training:
             self.epoch_sums = state["epoch_sums"]
             self.watch = Stopwatch(state["trained_images"], state["trained_seconds"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} does not fit the model of this recipe ({str(error).splitlines()[0]})") from error
-        if dist.is_main():
-            for leftover in folder.glob(".*.tmp"):  # of a save that was killed
-                leftover.unlink()
+            reason = " ".join(map(str.strip, str(error).splitlines()[:2]))  # torch names the first misfit in line 2
+            raise UserError(f"{path} does not fit the model of this recipe ({reason})") from error
         say(f"resumed at step {self.trainer.step} (epoch {self.epoch:g}) from {path}")
 
-    def _say_goodbye(self, number: int) -> None:
+    def _check(self, state: dict[str, Any]) -> None:
+        """KeyError or ValueError for a state that is not made as those of this run are."""
+        own = self.trainer.state_dict() | dict.fromkeys(("wall_seconds", "trained_seconds"), 0.0)
+        own |= {"history": [], "epoch_sums": dict.fromkeys(("loss", "correct", "samples"), 0.0), "trained_images": 0}
+        own |= {"processes": 1, "batch_size": 1, "draws": DRAWS}
+        check_like(state, own, "the state")
+        parameters = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
+        check_optimizer_state(state["optimizer"]["state"], parameters)
+        entry: dict[str, Any] = {"step": 0, "epoch": 0.0, "val": {"correct": 0, "total": 0, "top1": 0.0}}
+        evaluations: list[Any] = [*state["history"], *([] if state["best"] is None else [state["best"]])]
+        for found in evaluations:
+            check_like(found, entry, "history")
+            if not (found.keys() >= entry.keys() and found["val"].keys() >= entry["val"].keys()):
+                raise KeyError("an evaluation")
+        if not 0 <= state["step"] <= self.trainer.steps:
+            raise ValueError(f"step {state['step']} of {self.trainer.steps}")
+
+    def _say_goodbye(self, number: signal.Signals) -> NoReturn:
         self.log.close()
         say(
-            f"stopped by {signal.Signals(number).name} after step {self.trainer.step} (epoch {self.epoch:.2f}), "
+            f"stopped by {number.name} after step {self.trainer.step} (epoch {self.epoch:.2f}), "
             f"everything saved; continue with: {self.session.command} --resume {shlex.quote(str(self.session.folder))}"
         )
         raise SystemExit(130 if number == signal.SIGINT else 0)
@@ -342,12 +290,12 @@ class Training:
         if data.selection == "test-selected" and self.latest is not None:
             tested, predictions = self.latest
         else:
-            tested, predictions = session.measure(self.model, data.test)
+            tested, predictions = session.measure(self.model, data.test, self.stop.until_asked)
         results = {"last": {**last, "test": tested}, "best": {**self.best, "test": tested}}
         self.log.listener.last(self.model, last)
         if self.best["step"] != last["step"]:
             load_checkpoint(self.model, session.folder / "best.safetensors")
-            results["best"]["test"], predictions = session.measure(self.model, data.test)
+            results["best"]["test"], predictions = session.measure(self.model, data.test, self.stop.until_asked)
         self.wall_seconds += time.perf_counter() - self.clock
         record = session.record(
             self.model,
@@ -359,8 +307,8 @@ class Training:
             skipped_updates=self.trainer.skipped,
         )
         if dist.is_main():
-            write_record(session.folder / "record.json", record)
             write_tables(session.folder, "best", predictions, data.classes)
+            write_record(session.folder / "record.json", record)  # at last: with it the run is finished
             tell_results(session, record)
         return record
 

@@ -1,7 +1,5 @@
 """From a weights argument (a file, a run folder, a timm tag) to loaded parameters; nothing is ever unpickled."""
 
-import argparse
-import re
 import ssl
 import traceback
 import urllib.error
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common import pickles
 from common.download import digest_of
 from common.errors import UserError
 from common.npz import load_npz, resize_position_embedding
@@ -28,6 +27,8 @@ from common.npz import load_npz, resize_position_embedding
 BEST = "best.safetensors"
 # Released GFT files carry this moving average of the last batch; it belongs to no model.
 DROPPED_SUFFIX = ".ema_grad"
+NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+NUMBERS |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Seconds to wait for the hub's first answer; huggingface_hub itself retries for three quarters of a minute.
 HUB_PATIENCE = 5.0
 NETWORK_PACKAGES = {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "urllib"}
@@ -45,7 +46,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     DistributedDataParallel model, and the "model." of GLSim's wrapper, are removed where every key has it. Raises
     UserError for a file that is missing, damaged or of another kind; see `read_pickle`.
     """
-    path = _file_of(path)
+    path = file_of(path)
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(f"{path} has an unknown ending: expected .safetensors, .pth, .pt or .bin")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -58,6 +59,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for prefix in ("module.", "model."):
         if all(key.startswith(prefix) for key in content):
             content = {key.removeprefix(prefix): value for key, value in content.items()}
+    _check_numbers(content, path)
     return dict(content)
 
 
@@ -67,7 +69,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     Returns the keys of the file that were dropped (`*.ema_grad` of released GFT files). Raises UserError when
     anything else is missing, unknown or of another shape; the model is then unchanged.
     """
-    path = _file_of(path)
+    path = file_of(path)
     state_dict = _in_our_names(model, read_state_dict(path), path)
     dropped = [key for key in state_dict if key.endswith(DROPPED_SUFFIX)]
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
@@ -91,7 +93,7 @@ def load_weights(model: nn.Module, source: str | Path) -> dict[str, Any]:
         report = model.load_npz(path) if own_way else load_npz(target, path)  # type: ignore[operator]
         loaded = set(report.loaded)
     else:
-        path = _file_of(source)
+        path = file_of(source)
         state_dict = _in_our_names(model, read_state_dict(path), path)
         state_dict = {k: v for k, v in state_dict.items() if not k.endswith(DROPPED_SUFFIX)}
         whole = any(key.startswith("base_model.") for key in state_dict)
@@ -107,7 +109,8 @@ def _in_our_names(model: nn.Module, state_dict: dict[str, Tensor], path: Path) -
     return state_dict if translate is None else translate(state_dict, path)
 
 
-def _file_of(path: str | Path) -> Path:
+def file_of(path: str | Path) -> Path:
+    """The file that is meant by a path, which may be a run's folder; UserError where there is none."""
     path = Path(path)
     file = path / BEST if path.is_dir() else path
     if not file.is_file():
@@ -129,20 +132,27 @@ def read_pickle(path: Path) -> Any:
     UserError for a damaged file, and for one with any other pickled object, of which nothing is executed.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return pickles.load(path, namespace=True)
+    except pickles.Refused as error:
+        raise UserError(
+            f"{path} holds a pickled {error} besides tensors, which could run code: save the state_dict alone"
+        ) from error
     # A damaged file can make the unpickler raise nearly anything; all of it says that the file is bad.
     except Exception as error:
-        if named := re.search(r"unsupported (?:global: )?(?:global|class) (\S+)", str(error), re.IGNORECASE):
-            raise UserError(
-                f"{path} holds a pickled {named[1]} besides tensors, which could run code: save the state_dict alone"
-            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is damaged or no PyTorch file ({first}): copy it again") from error
 
 
 def _is_entry(item: tuple[object, object]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _check_numbers(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """UserError for a tensor of numbers that no model here has, or of more than are stored: strides can repeat one."""
+    for key, value in state_dict.items():
+        if value.dtype not in NUMBERS or value.nbytes > value.untyped_storage().nbytes():
+            kind = f"{tuple(value.shape)} of type {str(value.dtype).removeprefix('torch.')}"
+            raise UserError(f"{path} has {key} {kind}: expected plain numbers, each of them stored")
 
 
 def _backbone(model: nn.Module) -> tuple[nn.Module, str]:
@@ -194,15 +204,18 @@ def _check_fit(model: nn.Module, state_dict: dict[str, Tensor], left: set[str], 
     missing = [key for key in own if key not in common]
     unknown = [key for key in state_dict if key not in common]
     if not (missing or unknown or other):
+        _check_types(state_dict, own, path)
+        _check_finite(state_dict, path)
         return
+    of_rank = all(own[key].ndim == state_dict[key].ndim for key in other)
     prefixes = _classifier_prefixes(model)
-    if not missing and not unknown and prefixes and all(key.startswith(prefixes) for key in other):
+    if not missing and not unknown and of_rank and prefixes and all(key.startswith(prefixes) for key in other):
         counts = [len(values[other[0]]) for values in (state_dict, own)]
         raise UserError(
             f"{path} was trained for {counts[0]} classes, but this model has {counts[1]}: use the data set and "
             "class list it was trained with"
         )
-    if other and not missing and not unknown and all(key.endswith("pos_embed") for key in other):
+    if other and not missing and not unknown and of_rank and all(key.endswith("pos_embed") for key in other):
         (found, width), (expected, own_width) = (values[other[0]].shape[-2:] for values in (state_dict, own))
         if width == own_width:
             raise UserError(
@@ -212,6 +225,23 @@ def _check_fit(model: nn.Module, state_dict: dict[str, Tensor], left: set[str], 
     parts = (("lacks", missing), ("holds the unknown", unknown), ("has", shapes))
     faults = " and ".join(f"{verb} {_some(names)}" for verb, names in parts if names)
     raise UserError(f"{path} {faults}: it belongs to another model than this {type(model).__name__}")
+
+
+def _check_types(state_dict: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
+    for key, value in state_dict.items():
+        if value.is_floating_point() != own[key].is_floating_point():
+            kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (value, own[key])]
+            raise UserError(f"{path} has {key} as {kinds[0]}, this model needs {kinds[1]}: it is of another kind")
+
+
+def _check_finite(state_dict: dict[str, Tensor], path: Path) -> None:
+    for key, value in state_dict.items():
+        bad = value.numel() - int(value.isfinite().sum())
+        if bad:
+            raise UserError(
+                f"{path} is of no use: {bad} of the {value.numel()} numbers of {key} are NaN or infinite; its training "
+                "diverged, or the file is damaged"
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -68,7 +68,7 @@ def maws_scores(q: Tensor, k: Tensor) -> Tensor:
     softmax over queries of column 0. Only that row and that column of S are formed, as sums of products, which keep
     float32 whatever autocast and TF32 do. There is no gradient: only the order of the scores is used.
     """
-    dtype, scale = torch.promote_types(q.dtype, torch.float32), q.shape[-1] ** -0.5
+    dtype, scale = torch.promote_types(q.dtype, torch.float32), float(q.shape[-1] ** -0.5)
     q_cls, k_cls = q[:, :, :1].to(dtype) * scale, k[:, :, :1].to(dtype) * scale  # (B, H, 1, d)
     row = (q_cls * k).sum(-1).softmax(-1).mean(1)  # (B, N): CLS attends to each token
     column = (q * k_cls).sum(-1).softmax(-1).mean(1)  # (B, N): the share of each token in the attention to CLS

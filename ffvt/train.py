@@ -33,10 +33,10 @@ from common.data import Data
 from common.data.loader import Order, shuffled
 from common.errors import UserError
 from common.experiment import Experiment, Options
-from common.files import keep_earlier, write_atomically
+from common.files import write_atomically
 from common.log import Listener, say
 from common.run import start
-from common.train import Session
+from common.session import Session
 from common.weights import read_state_dict
 from ffvt.data import read, transforms
 from ffvt.model import CONFIGS, FFVT
@@ -151,6 +151,7 @@ class ReleasedFiles(Listener):
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and --help does without
 
         self.checkpoint = Path(recipe.output_dir) / f"{recipe.name}_checkpoint.bin"
+        self.files = (self.checkpoint,)
         self.curves = Path("logs") / recipe.name
         with self._explain(self.checkpoint.parent):
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -172,18 +173,18 @@ class ReleasedFiles(Listener):
             for name, tag in tags.items():
                 self.board.add_scalar(tag, values[name], step)
 
-    def best(self, model: nn.Module, entry: dict[str, Any], first: bool) -> None:
+    def best(self, model: nn.Module, entry: dict[str, Any]) -> None:
         assert isinstance(model, FFVT)
-        if first:  # another run of this name may have left its checkpoint, or the authors' own lies there
-            with self._explain(self.checkpoint):
-                kept = keep_earlier(self.checkpoint)
-            if kept:
-                say(f"{self.checkpoint} of an earlier run is now {kept}")
         tensors = {name: tensor.cpu() for name, tensor in model.released_state_dict().items()}
         write_atomically(self.checkpoint, lambda file: torch.save(tensors, file))
 
+    def flush(self) -> None:
+        with self._explain(self.curves):
+            self.board.flush()
+
     def close(self) -> None:
-        self.board.close()
+        with self._explain(self.curves):
+            self.board.close()
 
 
 class FFVTExperiment(Experiment):

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,20 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share its fixtures and so a process (`--dist loadgroup`); fault cases, of one section."""
-    for item in items:
-        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(getattr(case, "section", str(item.path))))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file share its fixtures and so a process; fault cases, of one section.
+
+    xdist's own `--dist loadgroup` groups nothing under pytest 9.2: it writes the group to an attribute that is gone.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test.split(" | ")[0] if file.endswith("faults/test_faults.py") else file
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session")

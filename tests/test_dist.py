@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -161,8 +161,13 @@ def free_port(candidates: Iterable[int] = (0,)) -> int:
     raise AssertionError("no port is free")
 
 
-def processes(program: str, environments: list[dict[str, str]], folder: Path) -> list[tuple[int, str, str]]:
-    """Runs `program` once in each environment, all at the same time: exit status, output and errors of each."""
+def processes(
+    program: str, environments: list[dict[str, str]], folder: Path, without: Collection[int] = ()
+) -> list[tuple[int, str, str]]:
+    """Runs `program` once in each environment, all at the same time: exit status, output and errors of each.
+
+    Those `without` are not waited for, but killed when the others have ended.
+    """
     file = folder / "program.py"
     file.write_text("import time, torch\nfrom torch import nn\nfrom common import dist\n" + textwrap.dedent(program))
     base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -178,10 +183,13 @@ def processes(program: str, environments: list[dict[str, str]], folder: Path) ->
         for environment in environments
     ]
     try:
-        ended = [process.communicate(timeout=60) for process in running]
+        for number, process in enumerate(running):
+            if number not in without:
+                process.wait(timeout=90)
     finally:
         for process in running:
             process.kill()
+    ended = [process.communicate() for process in running]
     return [(process.returncode, out, err) for process, (out, err) in zip(running, ended, strict=True)]
 
 
@@ -274,6 +282,73 @@ def test_two_slurm_tasks_meet_by_slurms_variables(tmp_path: Path) -> None:
     tasks = [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     for status, out, err in processes(program, tasks, tmp_path):
         assert (status, out) == (0, "slurm [0, 1]\n"), err
+
+
+@pytest.mark.parametrize("of_first", ["1", "0"])
+def test_processes_started_again_do_not_look_for_those_that_ended(tmp_path: Path, of_first: str) -> None:
+    """torchrun keeps its store over a restart, with the addresses that the first processes have left there.
+
+    Each node counts the restarts that it has asked for itself, and so says 0 where another has lost a process.
+    """
+    program = """
+        import os
+        launch = dist.detect()
+        if launch.rank == 0:
+            time.sleep(3)  # the other comes first to where the old address is
+        dist.start(launch, torch.device("cpu"), timeout_s=60)
+        print(dist.gather(launch.rank), flush=True)
+        os._exit(0)
+    """
+    _store, launched = store_of_launcher()  # it ends with the last reference
+    for counts in (("0", "0"), (of_first, "1")):
+        environments = [
+            one | launched | {"TORCHELASTIC_RESTART_COUNT": count}
+            for one, count in zip(torchrun_environments(2), counts, strict=True)
+        ]
+        for status, out, err in processes(program, environments, tmp_path):
+            assert (status, out) == (0, "[0, 1]\n"), err
+
+
+def store_of_launcher() -> tuple[torch.distributed.TCPStore, dict[str, str]]:
+    """A store such as torchrun keeps, and the variables that tell processes of it."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def test_words_of_processes_that_ended_are_not_taken_for_those_of_this_start(tmp_path: Path) -> None:
+    """Two ended before they had heard a name, one after; all are still to write when rank 0 has read what they left."""
+    program = """
+        launch = dist.detect()
+        if launch.rank > 0:
+            time.sleep(2)
+        dist.start(launch, torch.device("cpu"), timeout_s=60)
+        print(dist.gather(launch.rank), flush=True)
+        dist.stop()
+    """
+    store, launched = store_of_launcher()
+    meeting = torch.distributed.PrefixStore("meeting", store)
+    for rank, word in {1: "lost", 2: "lost as well", 3: "an earlier start"}.items():
+        meeting.set(f"word/{rank}", word)
+    meeting.set("name/lost", "an earlier start")
+    for status, out, err in processes(program, [one | launched for one in torchrun_environments(4)], tmp_path):
+        assert (status, out) == (0, "[0, 1, 2, 3]\n"), err
+    name = meeting.get("word/1")
+    assert name not in (b"lost", b"an earlier start")
+    assert [meeting.get(f"word/{rank}") for rank in (2, 3)] == [name, name]
+    assert meeting.get("name/lost") == name
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(0, "no word from rank 1, 2 within 1 s"), (1, "timeout")])
+def test_those_that_wait_in_vain_for_the_others_are_told_so(
+    monkeypatch: pytest.MonkeyPatch, rank: int, reason: str
+) -> None:
+    store, launched = store_of_launcher()
+    torch.distributed.PrefixStore("meeting", store).set("word/1", "lost")
+    for name, value in (torchrun_environments(3)[rank] | launched).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"3 processes could not meet at .*{reason}"):
+        dist.start(Launch(rank, 3, rank, "torchrun"), torch.device("cpu"), timeout_s=1)
+    assert not dist.active()
 
 
 def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

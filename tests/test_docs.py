@@ -33,7 +33,7 @@ def test_flags_in_the_readme_exist() -> None:
         text = "".join(run_script(program, "--help").out for program in programs)
         flags = set(re.findall(r"--[a-z][a-z_-]+", README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]))
         assert len(flags) > 10
-        others = {"--nproc_per_node", "--runs"}  # of the launcher, and of common.results
+        others = {"--nproc_per_node", "--max-restarts", "--runs"}  # of the launcher, and of common.results
         assert {flag for flag in flags if flag not in text} <= others
 
 

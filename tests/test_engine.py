@@ -22,7 +22,7 @@ from torchvision.transforms import functional as TF
 from common.amp import Precision
 from common.data.images import Images
 from common.data.loader import Plan, seed_everything, seed_of, shuffled, training_batches
-from common.engine import PATIENCE, Loading, Trainer, evaluate
+from common.engine import PATIENCE, Loading, Trainer, evaluate, means, ranking
 from common.errors import UserError
 
 CPU = torch.device("cpu")
@@ -286,6 +286,75 @@ def test_single_skipped_updates_do_not_stop_the_run(pictures: Images) -> None:
     assert trainer.skipped == 20
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_skipped_update_leaves_running_statistics_as_they_were(pictures: Images, value: float) -> None:
+    """BatchNorm has seen the bad batch in the forward pass, before anybody could know."""
+
+    class Blinded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(108), nn.Linear(108, 3)), 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(images * value if self.calls == 3 else images)
+
+    model = Blinded()
+    trainer = make_trainer(pictures, 5, model=model, optimizer=SGD(model.parameters(), lr=0.1))
+    seen = [
+        [value.clone() for value in model.state_dict().values() if value.is_floating_point()] for _ in trainer.run()
+    ]
+    assert_same(seen[2], seen[1])
+    assert all(not torch.equal(new, old) for new, old in zip(seen[3], seen[2], strict=True))
+    assert all(value.isfinite().all() for value in seen[4])
+    trainer.report()
+    assert trainer.skipped == 1
+
+
+def test_what_is_not_finite_is_never_counted_as_right(pictures: Images) -> None:
+    """`argmax` of NaN is class 0 of "a", "b", "c"."""
+
+    def blind(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(images)
+        return F.cross_entropy(logits, labels), torch.full_like(logits, float("nan"))
+
+    trainer = make_trainer(pictures, 3, objective=blind)
+    for _ in trainer.run():
+        pass
+    assert trainer.report()["correct"] == 0
+    with pytest.raises(UserError, match=r"train: the model's output is not finite for 22 of 22 images, .* 00: "):
+        evaluate(nn.Sequential(small_model(), Blank()), pictures, CPU, Precision("fp32", CPU), Loading())
+    with pytest.raises(UserError, match="or bf16 overflows: fp32 does not"):
+        evaluate(nn.Sequential(small_model(), Blank()), pictures, CPU, Precision("bf16", CPU), Loading())
+
+
+class Blank(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits * float("nan")
+
+
+def test_a_model_of_another_class_count_is_not_evaluated(pictures: Images) -> None:
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    with pytest.raises(UserError, match="the model names 4 classes, train has 3"):
+        evaluate(wide, pictures, CPU, Precision("fp32", CPU), Loading())
+
+
+def test_of_equal_logits_the_lower_class_is_the_better() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for classes in (2, 5, 40, 300):
+        logits = torch.randint(-2, 3, (64, classes), generator=draw).to(torch.bfloat16)
+        ranked = ranking(logits, 5)
+        assert ranked.shape == (64, min(5, classes))
+        assert torch.equal(ranked[:, 0], logits.argmax(-1))
+        for row, best in zip(logits.tolist(), ranked.tolist(), strict=True):
+            assert best == sorted(range(classes), key=lambda number: (-row[number], number))[:5]
+
+
+def test_a_report_of_no_image_is_no_number() -> None:
+    assert means({"loss": 6.0, "correct": 3.0, "samples": 4.0}) == {"loss": 1.5, "accuracy": 0.75}
+    assert all(np.isnan(value) for value in means({"loss": 0.0, "correct": 0.0, "samples": 0.0}).values())
+
+
 def slow_evaluation(model: nn.Module, images: Images) -> tuple[list[int], list[float]]:
     model.eval()
     best, losses = [], []
@@ -391,6 +460,12 @@ def test_workers_end_with_a_program_that_kept_the_error() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_engine.py", "-k", "unreadable_image_stops"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=90)
     assert done.returncode == 0, done.stdout
+
+
+def test_fewer_numbers_are_another_seed() -> None:
+    """The order of an epoch is drawn from another seed than its first sample, and that from another than a step."""
+    assert len({seed_of(3), seed_of(3, 0), seed_of(3, 0, 0), seed_of(3, 0, 0, 0), seed_of(3, 0, 0, 0, 0)}) == 5
+    assert seed_of(3, 0) == seed_of(3, 0)
 
 
 def test_seeding_reaches_every_generator() -> None:

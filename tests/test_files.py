@@ -1,6 +1,7 @@
 """common.files and common.checkpoint: what stands on the disk after each failure, and what is never unpickled."""
 
 import builtins
+import multiprocessing
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import load_state, save_state, save_weights
 from common.errors import UserError
-from common.files import write_atomically, write_csv, write_text
+from common.files import keep_earlier, one_at_a_time, write_atomically, write_csv, write_text
 
 ROOT = Path(__file__).parent.parent
 STATE = {
@@ -137,7 +139,8 @@ def test_a_full_or_read_only_file_system(tmp_path: Path, name: str) -> None:
     """The real thing, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a tmpfs; RLIMIT_FSIZE is tested above")
     try:
         WRITERS[name](disk / name, False)
@@ -207,6 +210,59 @@ def test_a_folder_that_cannot_be_synced_is_no_fault(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", only_files)
     write_text(tmp_path / "a.txt", "x")
     assert (tmp_path / "a.txt").read_text() == "x"
+
+
+# Names and locks
+
+
+def test_processes_that_move_the_same_file_aside_lose_none(tmp_path: Path) -> None:
+    """8 at once, 50 times each: every file that was moved is there, under a number of its own."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_move_aside, args=(tmp_path, number)) for number in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 8
+    kept = sorted(path.read_text() for path in tmp_path.iterdir())
+    assert kept == sorted(f"{number} {time}" for number in range(8) for time in range(50))
+
+
+def _move_aside(folder: Path, number: int) -> None:
+    for turn in range(50):
+        own = folder / f"{number}.bin"
+        own.write_text(f"{number} {turn}")
+        while True:  # the name that all of them want
+            try:
+                os.link(own, folder / "a.bin")
+                break
+            except FileExistsError:
+                keep_earlier(folder / "a.bin")
+        own.unlink()
+    keep_earlier(folder / "a.bin")
+
+
+def test_one_at_a_time_goes_through_the_block(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.bin"
+    (tmp_path / ".a.bin.lock").touch()  # of a process that was killed
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_add_one, args=(path,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert path.read_text() == "200"
+    assert list(tmp_path.iterdir()) == [path]
+    assert "waiting for another process" in capfd.readouterr().err
+
+
+def _add_one(path: Path) -> None:
+    for _ in range(25):
+        with one_at_a_time(path):
+            count = int(path.read_text()) if path.exists() else 0
+            time.sleep(0.001)
+            path.write_text(str(count + 1))
 
 
 # Reading

@@ -11,7 +11,15 @@ import pytest
 from scripts import ROOT
 
 from common.errors import UserError
-from common.folders import Lock, check_same_experiment, new_folder, newest, open_run
+from common.folders import (
+    Lock,
+    check_same_experiment,
+    mark_launch,
+    new_folder,
+    newest,
+    open_run,
+    run_of_launch,
+)
 from common.predict import MODEL_INFO
 
 
@@ -77,6 +85,38 @@ def test_no_such_run(tmp_path: Path) -> None:
         newest(str(tmp_path), "s", having="last.pt", lacking="record.json")
     with pytest.raises(UserError, match="holds no finished or running training of t"):
         newest(str(tmp_path), "t", having="best.safetensors")
+
+
+# Which run a launcher that starts its processes again has to go on with
+
+
+def test_the_run_of_a_launch(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    assert run_of_launch(output, "s", {"a"}) is None
+    stale = made(tmp_path, "s", "20250101-000000-ffffff", "last.pt")
+    mark_launch(stale, {"earlier"})
+    own = made(tmp_path, "s", "20250201-000000-000000", "last.pt")
+    mark_launch(own, {"here", "there"})
+    empty = made(tmp_path, "s", "20250301-000000-000000")  # died before its first save
+    mark_launch(empty, {"here"})
+    made(tmp_path, "s", "20250401-000000-000000", "last.pt")  # not started by torchrun
+    assert run_of_launch(output, "s", {"here", "there"}) == own
+    assert run_of_launch(output, "s", {"there", "a new machine"}) == own
+    assert run_of_launch(output, "s", {"another"}) is None
+    assert run_of_launch(output, "s", set()) is None
+    assert run_of_launch(output, "other", {"here"}) is None
+    mark_launch(stale, {"here"})  # resumed by this launch, after which it is no other's
+    mark_launch(own, {"later"})
+    assert run_of_launch(output, "s", {"here"}) == stale
+    assert run_of_launch(output, "s", {"earlier"}) is None
+    mark_launch(empty, set())
+    assert json.loads((empty / ".launch").read_text()) == ["here"]
+
+
+def test_a_damaged_mark_of_a_launch(tmp_path: Path) -> None:
+    (made(tmp_path, "s", "20250101-000000-ffffff", "last.pt") / ".launch").write_text("[")
+    with pytest.raises(UserError, match=r"\.launch is damaged: remove it.*--resume"):
+        run_of_launch(str(tmp_path), "s", {"a"})
 
 
 # Which recipe a run may be resumed with
@@ -151,7 +191,10 @@ def test_demo_resumes_as_demo() -> None:
 
 
 def test_open_run(tmp_path: Path) -> None:
-    info: dict[str, Any] = dict.fromkeys(MODEL_INFO, "x") | {"script": "gft_food101"}
+    info: dict[str, Any] = {name: types[0]() for name, types in MODEL_INFO.items()} | {"script": "gft_food101"}
+    info |= {"architecture": {"library": "timm", "name": "resnet18", "arguments": {}}, "classes": ["a"]}
+    info["data"] = {part: {"count": 1, "classes": 1} for part in ("train", "val", "test")}
+    info["weights"] = {"source": "none"}
     (tmp_path / "model.json").write_text(json.dumps(info))
     assert open_run(str(tmp_path), "gft_food101") == (tmp_path, info)
     with pytest.raises(UserError, match="is a run of gft_food101, not of vit_coco"):
@@ -192,3 +235,15 @@ def test_a_folder_that_cannot_be_locked_because_nothing_can_be_written(tmp_path:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
         Lock(tmp_path)
+
+
+def test_a_lock_that_cannot_say_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            Lock(tmp_path)
+    with Lock(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()

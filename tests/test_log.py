@@ -4,16 +4,18 @@ import io
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from common import log as log_module
 from common.errors import UserError
-from common.log import Log, bar, say, watched
+from common.log import Listener, Log, bar, say, watched
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -139,6 +141,71 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/dev/full or tensorboard/ .* cannot be written \(No space left on device\)"):
         log.write("train", 1, loss=1.0)
     log.close()
+
+
+def test_a_disk_that_is_full_when_tensorboard_writes_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It does so in a thread of its own, which is not to speak for itself; a listener is closed all the same."""
+    closed: list[bool] = []
+
+    class Closed(Listener):
+        def close(self) -> None:
+            closed.append(True)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = threading.excepthook
+    log = Log(tmp_path, 0, False, {}, Closed())
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    log.write("train", 1, loss=1.0)
+    with pytest.raises(UserError, match=r"tensorboard/ .* cannot be written \(No space left on device\)"):
+        log.close()
+    assert closed == [True]
+    assert threading.excepthook is before
+    assert capfd.readouterr().err == ""
+
+
+def test_other_threads_speak_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    log = Log(tmp_path, 0, False, {})
+    thread = threading.Thread(target=(tmp_path / "nowhere").read_text)
+    thread.start()
+    thread.join()
+    log.close()
+    assert [error.exc_type for error in heard] == [FileNotFoundError]
+
+
+def test_what_was_flushed_is_there_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed after a save takes nothing with it, however slow the thread is that writes the curves."""
+    write = RecordWriter.write
+
+    def slow(writer: RecordWriter, data: bytes) -> None:
+        time.sleep(0.1)
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", slow)
+    log = Log(tmp_path, 0, False, {})
+    for step in (1, 2, 3):
+        log.write("train", step, loss=0.5 * step)
+    log.flush()
+    assert curve(tmp_path, "train/loss") == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    log.close()
+
+
+def test_the_line_of_an_evaluation_that_is_done_again_is_cut(tmp_path: Path) -> None:
+    """Stopped in the evaluation of step 2, resumed, and killed between its line and the next save."""
+    log = Log(tmp_path, 0, False, {})
+    for step in (1, 2):
+        log.write("train", step, loss=1.0)
+        log.write("val", step, top1=0.5)
+    log.close()
+    Log(tmp_path, 2, False, {}, evaluation_due=False).close()
+    assert [(line["kind"], line["step"]) for line in lines_of(tmp_path)][2:] == [("train", 2), ("val", 2)]
+    Log(tmp_path, 2, False, {}, evaluation_due=True).close()
+    assert [(line["kind"], line["step"]) for line in lines_of(tmp_path)][1:] == [("val", 1), ("train", 2)]
 
 
 # Weights & Biases

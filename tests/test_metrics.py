@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
@@ -96,6 +98,28 @@ def test_figures_are_those_of_scikit_learn(predictions: Predictions) -> None:
     np.put_along_axis(scores, predictions.ranked, np.arange(5, 0, -1)[None].repeat(len(label), 0), axis=1)
     assert figures["top5"] == pytest.approx(sklearn_metrics.top_k_accuracy_score(label, scores, k=5, labels=every))
     assert np.array_equal(confusion(predictions, 10), sklearn_metrics.confusion_matrix(label, first, labels=every))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_predictions_are_counted_as_scikit_learn_and_a_loop_count_them(data: st.DataObject) -> None:
+    """Classes may be never predicted, without a sample, or both."""
+    classes = data.draw(st.integers(2, 12))
+    every = list(range(classes))
+    pairs = data.draw(st.lists(st.tuples(st.sampled_from(every), st.permutations(every)), min_size=1, max_size=25))
+    label = np.array([label for label, _ in pairs])
+    ranked = np.array([ranking[:5] for _, ranking in pairs])
+    losses = data.draw(st.lists(st.floats(0, 1e6), min_size=len(pairs), max_size=len(pairs)))
+    predictions = Predictions(np.arange(len(pairs)), label, ranked, np.array(losses))
+    figures, slow = summarize(predictions, classes, "test"), counted(predictions, classes)
+    assert figures == {"split": "test"} | {name: pytest.approx(value, abs=1e-9) for name, value in slow.items()}
+    first = ranked[:, 0]
+    for average in ("weighted", "macro"):
+        for name in ("precision", "recall", "f1"):
+            score = getattr(sklearn_metrics, f"{name}_score")
+            expected = score(label, first, labels=every, average=average, zero_division=0)
+            assert figures[f"{name}_{average}"] == pytest.approx(expected), (name, average)
+    assert np.array_equal(confusion(predictions, classes), sklearn_metrics.confusion_matrix(label, first, labels=every))
 
 
 def test_confusion_has_true_classes_in_its_rows() -> None:

@@ -281,6 +281,14 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
         google_to_timm(arrays)
 
 
+def test_numbers_that_are_not_finite_are_no_weights(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = arrays_of(vit_spec())
+    arrays["head/bias"][1] = np.nan
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=r"bad\.npz: head/bias\.npy holds NaN or infinite numbers"):
+        read_npz(tmp_path / "bad.npz")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_siglip_224"])
 def test_a_model_without_class_token_is_refused(tiny_file: Path, name: str) -> None:
     model = timm.create_model(name, **({"depth": 1} if name.startswith("vit") else {}))

@@ -134,8 +134,10 @@ def run_folder(tmp_path: Path) -> Path:
     build, kwargs, _ = MODELS["resnet"]
     torch.manual_seed(4)
     model = build()
-    info = dict.fromkeys(MODEL_INFO) | {
-        "recipe": {},
+    count = {"count": 7, "classes": 7}
+    info = {name: types[0]() for name, types in MODEL_INFO.items()} | {
+        "data": dict.fromkeys(("train", "val", "test"), count),
+        "weights": {"source": "none", "sha256": None},
         "classes": CLASSES,
         "architecture": describe_model(model, 7, kwargs),
         "preprocessing": describe_transform(TRANSFORMS["square"]),
@@ -187,6 +189,24 @@ def test_predictions_are_the_models(run_folder: Path, pictures: list[Path], batc
         assert [number for number, _ in guesses] == best
         assert [share for _, share in guesses] == pytest.approx([shares[number] for number in best], abs=1e-5)
     assert [len(guesses) for guesses in predictor(pictures, 99)] == [7] * 5
+
+
+def test_an_image_whose_output_is_not_finite_is_named(run_folder: Path, pictures: list[Path]) -> None:
+    predictor = load_run(run_folder, CPU)
+    predictor.transform = T.Compose([*TRANSFORMS["square"].transforms, Blinding(3)])
+    with pytest.raises(UserError, match=f"{pictures[3].name}: the model's output is not finite"):
+        predictor(pictures, 3, batch_size=2)
+
+
+class Blinding:
+    """Makes the pixels of one image infinite."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        return image * float("inf") if self.left == -1 else image
 
 
 def test_the_weights_are_those_of_the_file(run_folder: Path) -> None:

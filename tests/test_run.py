@@ -151,7 +151,10 @@ def test_resume_takes_over_what_was_given_at_the_start(whole: Outcome, demo_outp
     words = ("--demo", "--output", demo_output, "--resume", folder)
     whole_batches = run_script("gft_food101.py", *words, "--accumulate", "1")  # the default, but said
     assert "--accumulate 2" in one_line(whole_batches.err)
-    (folder / "model.json").write_text(json.dumps(info))
+    repeated = run_script("gft_food101.py", *words, "--deterministic")
+    assert "was started without --deterministic: resume it without --deterministic" in one_line(repeated.err)
+    less = {name: value for name, value in info["options"].items() if name != "deterministic"}
+    (folder / "model.json").write_text(json.dumps(info | {"options": less}))  # as a run of an earlier version
     resumed = run_script("gft_food101.py", "--demo", "--workers", "0", "--resume", folder)  # --limit is kept too
     assert resumed.status == 0, resumed.err
     assert json.loads((folder / "record.json").read_text())["results"] == whole.record["results"]
@@ -166,6 +169,19 @@ def test_a_damaged_state_is_named(whole: Outcome, demo_output: Path) -> None:
     outcome = run_script("gft_food101.py", "--demo", "--output", demo_output, "--resume", folder)
     assert outcome.status == 1
     assert "last.pt" in one_line(outcome.err)
+    shutil.rmtree(folder)
+
+
+def test_a_state_of_other_random_numbers_is_not_gone_on_with(whole: Outcome, demo_output: Path) -> None:
+    folder = demo_output / "gft_food101" / "20000101-000000-cccccc"
+    shutil.copytree(whole.folder, folder)
+    (folder / "record.json").unlink()
+    state = last_state(folder)
+    del state["draws"]  # as before they were numbered
+    torch.save(state, folder / "last.pt")
+    outcome = run_script("gft_food101.py", "--demo", "--output", demo_output, "--resume", folder)
+    assert outcome.status == 1
+    assert "draws other random numbers: start a new run" in one_line(outcome.err)
     shutil.rmtree(folder)
 
 
@@ -242,7 +258,7 @@ def test_evaluation_of_a_released_file(whole: Outcome, demo_output: Path, tmp_pa
 
 def test_predict(whole: Outcome, demo_output: Path, tmp_path: Path) -> None:
     images = demo_output / "demo-data" / "food-101" / "images" / "three"
-    one = sorted(images.glob("*.jpg"))[0]
+    one = min(images.glob("*.jpg"))
     for name in ("guesses.csv", "guesses.json"):
         outcome = run_script(
             "gft_food101.py", "--predict", images, one, "--checkpoint", whole.folder, "--top", "3",
@@ -525,7 +541,7 @@ def test_out_of_gpu_memory_names_the_flags(demo_output: Path, monkeypatch: pytes
 
 def test_a_truncated_image_is_named(demo_output: Path, tmp_path: Path) -> None:
     shutil.copytree(demo_output / "demo-data" / "food-101", tmp_path / "food-101")
-    victim = sorted((tmp_path / "food-101" / "images" / "five").glob("*.jpg"))[0]
+    victim = min((tmp_path / "food-101" / "images" / "five").glob("*.jpg"))
     victim.write_bytes(victim.read_bytes()[:300])
     words = ("resnet18_Food101.py", "--data-root", tmp_path, "--weights", "none", "--img-size", "32", "--epochs", "1")
     words += ("--model-kwargs", "channels=(8,8,8,8)", "--workers", "1", "--output", tmp_path / "out")

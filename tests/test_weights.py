@@ -109,7 +109,7 @@ def test_pickled_objects_are_refused_and_not_executed(tmp_path: Path) -> None:
     trace.unlink()  # it is harmful indeed
     for content in (Harmful(trace), {"state_dict": {"a": torch.ones(1)}, "extra": Harmful(trace)}):
         torch.save(content, tmp_path / "bad.pth")
-        with pytest.raises(UserError, match=r"bad\.pth holds a pickled getattr besides tensors"):
+        with pytest.raises(UserError, match=r"bad\.pth holds a pickled __builtin__\.getattr besides tensors"):
             read_state_dict(tmp_path / "bad.pth")
     for extra in (os.getcwd, argparse.Namespace(inside=os.getcwd)):
         torch.save({"model": {"a": torch.ones(1)}, "config": extra}, tmp_path / "args.pth")
@@ -207,6 +207,18 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing_and_says_why(tmp_path: P
     before = copy_of(model)
     with pytest.raises(UserError, match=sentence):
         load_checkpoint(model, save(tmp_path / "bad.pth", state))
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("load", [load_checkpoint, load_weights])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, load: Any, value: float) -> None:
+    state = filled(Wrapper()).state_dict()
+    state["part.weight"][3, 4:6] = value
+    model = Wrapper()
+    before = copy_of(model)
+    with pytest.raises(UserError, match=r"bad\.pth.*: 2 of the 2304 numbers of part\.weight are NaN or infinite"):
+        load(model, save(tmp_path / "bad.pth", state))
     assert same(model.state_dict(), before)
 
 

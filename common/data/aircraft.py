@@ -10,6 +10,7 @@ from common.data.published import DATA_SETS
 from common.data.tree import Tree
 
 VARIANTS = "data/variants.txt"
+OFFICIAL, OWN = "data/images_variant_{}.txt", "data/{}.txt"
 
 
 def aircraft(root: str | Path, split: str) -> Images:
@@ -22,8 +23,9 @@ def aircraft(root: str | Path, split: str) -> Images:
     """
     tree = _tree("aircraft", root, split)
     classes = _variants(tree)
-    ids, files, labels = _official_list(tree, split, classes)
-    return _images(tree, split, ids, files, labels, classes)
+    list_file = OFFICIAL.format(split)
+    ids, files, labels = _official_list(tree, list_file, classes)
+    return _images(tree, split, list_file, ids, files, labels, classes)
 
 
 def air(root: str | Path, split: str) -> Images:
@@ -38,13 +40,15 @@ def air(root: str | Path, split: str) -> Images:
     """
     tree = _tree("air", root, split)
     classes = _variants(tree)
-    own_lists = [f"data/{name}.txt" for name in ("train", "test")]
-    if any((tree.path / path).exists() for path in own_lists):
-        files, labels = tree.labelled(f"data/{split}.txt", f"the list of {split} images", len(classes))
+    if any((tree.path / OWN.format(name)).exists() for name in ("train", "test")):
+        list_file = OWN.format(split)
+        files, labels = tree.labelled(list_file, "the list of images", len(classes))
         ids = [Path(file).stem for file in files]
+        tree.require_unique(list_file, ids, "the image")
     else:
-        ids, files, labels = _official_list(tree, "trainval" if split == "train" else split, classes)
-    return _images(tree, split, ids, files, labels, classes)
+        list_file = OFFICIAL.format("trainval" if split == "train" else split)
+        ids, files, labels = _official_list(tree, list_file, classes)
+    return _images(tree, split, list_file, ids, files, labels, classes)
 
 
 def _tree(name: str, root: str | Path, split: str) -> Tree:
@@ -60,17 +64,15 @@ def _variants(tree: Tree) -> list[str]:
     return classes
 
 
-def _official_list(tree: Tree, split: str, classes: list[str]) -> tuple[list[str], list[str], list[int]]:
+def _official_list(tree: Tree, list_file: str, classes: list[str]) -> tuple[list[str], list[str], list[int]]:
     """The ids, file names and labels of an official list."""
-    list_file = f"data/images_variant_{split}.txt"
     ids, labels = [], []
     number_of = {variant: label for label, variant in enumerate(classes)}
-    for number, line in enumerate(tree.lines(list_file, f"the list of {split} images"), start=1):
-        image_id, _, variant = line.partition(" ")
+    for line, image_id, variant in tree.pairs(list_file, "the list of images", "image-id variant"):
         if variant not in number_of:
             raise tree.damaged(
                 tree.path / list_file,
-                f"has in line {number} no image id and variant of variants.txt ({line!r})",
+                f"gives in line {line} the image {image_id} {variant!r}, which is not in variants.txt",
             )
         ids.append(image_id)
         labels.append(number_of[variant])
@@ -79,7 +81,9 @@ def _official_list(tree: Tree, split: str, classes: list[str]) -> tuple[list[str
     return ids, [f"{image_id}.jpg" for image_id in ids], labels
 
 
-def _images(tree: Tree, split: str, ids: list[str], files: list[str], labels: list[int], classes: list[str]) -> Images:
-    tree.require_images("data/images", files)
+def _images(
+    tree: Tree, split: str, list_file: str, ids: list[str], files: list[str], labels: list[int], classes: list[str]
+) -> Images:
+    tree.require_images(list_file, "data/images", files)
     folder = f"{tree.path / 'data/images'}/"
     return Images(tree.published.name, split, ids, [folder + file for file in files], labels, classes)

@@ -41,11 +41,11 @@ def car(root: str | Path, split: str) -> Images:
         if not isinstance(file, str) or "class" not in entry:
             raise tree.damaged(tree.path / list_file, f"has no fname and class in entry {position} of annotations")
         files.append(file)
-        labels.append(tree.label(list_file, file, entry["class"], len(classes)))
+        labels.append(tree.label(list_file, f"entry {position}", file, entry["class"], len(classes)))
     tree.require_unique(list_file, files, "the image")
 
     folder = tree.first(f"cars_{split}/cars_{split}", f"cars_{split}")
-    tree.require_images(folder, files)
+    tree.require_images(list_file, folder, files)
     return Images(
         "car",
         split,

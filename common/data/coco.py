@@ -14,10 +14,12 @@ from common.data.images import Images
 from common.data.published import DATA_SETS
 from common.data.tree import Tree
 from common.errors import UserError
-from common.files import write_text
+from common.files import open_plain, write_text
 
 # Raised whenever the content of the index changes its meaning: older ones are then built anew.
 INDEX_FORMAT = 1
+ANNOTATIONS = "annotations/instances_{}.json"
+LISTS = {"ids": int, "files": str, "labels": int, "classes": str, "unlabelled": str}  # in an index
 
 
 def coco(root: str | Path, split: str) -> Images:
@@ -34,7 +36,7 @@ def coco(root: str | Path, split: str) -> Images:
     tree.published.require_split(split)
     tree.names(".", "the folder of the data set")
     index = _index(tree, split)
-    tree.require_images(split, index["files"] + index["unlabelled"])
+    tree.require_images(ANNOTATIONS.format(split), split, index["files"] + index["unlabelled"])
     folder = f"{tree.path / split}/"
     return Images(
         "coco",
@@ -48,7 +50,7 @@ def coco(root: str | Path, split: str) -> Images:
 
 def _index(tree: Tree, split: str) -> dict[str, Any]:
     """The index of a split: from its file when that is current, else built and, where possible, written."""
-    annotations = f"annotations/instances_{split}.json"
+    annotations = ANNOTATIONS.format(split)
     path = tree.path / annotations
     try:
         stat = path.stat()
@@ -68,15 +70,20 @@ def _index(tree: Tree, split: str) -> dict[str, Any]:
 def _read_index(path: Path, key: dict[str, int]) -> dict[str, Any] | None:
     """The index file's content; None where it is absent, stale or damaged and has to be built anew."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as file:
+            index = json.loads(file.read())
+        json.dumps(index, ensure_ascii=False).encode()  # a ValueError for half a character
     except (OSError, ValueError, RecursionError):
         return None
-    lists = ("ids", "files", "labels", "classes", "unlabelled")
     if not isinstance(index, dict) or index.get("key") != key:
         return None
-    if not all(isinstance(index.get(name), list) for name in lists):
-        return None
-    return index if len(index["ids"]) == len(index["files"]) == len(index["labels"]) else None
+    for name, kind in LISTS.items():
+        values = index.get(name)
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            return None
+    ids, labels = index["ids"], index["labels"]
+    right = 0 < len(set(ids)) == len(ids) == len(index["files"]) == len(labels)
+    return index if right and min(labels) >= 0 and max(labels) < len(index["classes"]) else None
 
 
 def _build_index(tree: Tree, annotations: str) -> dict[str, Any]:

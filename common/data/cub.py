@@ -37,16 +37,18 @@ def cub(root: str | Path, split: str) -> Images:
     label_of = {class_id: label for label, class_id in enumerate(sorted(name_of, key=int))}
     for image_id, class_id in class_of.items():
         if class_id not in label_of:
+            listed = tree.pairs(LABELS, "the list of labels", "image-id class-id")
+            line = next(line for line, id_, _ in listed if id_ == image_id)
             raise tree.damaged(
                 tree.path / LABELS,
-                f"gives the image {image_id} the class {class_id[:40]!r}, which is not in classes.txt",
+                f"gives in line {line} the image {image_id} the class {class_id[:40]!r}, which is not in classes.txt",
             )
     tree.names("images", "the folder of the images")
     ids = [image_id for image_id in path_of if part_of[image_id] == ("1" if split == "train" else "0")]
     if not ids:
         raise tree.damaged(tree.path / SPLITS, f"lists no {split} image")
     files = [path_of[image_id] for image_id in ids]
-    tree.require_images("images", files)
+    tree.require_images(IMAGES, "images", files)
     return Images(
         "cub",
         split,
@@ -60,8 +62,8 @@ def cub(root: str | Path, split: str) -> Images:
 def _by_id(tree: Tree, relative: str, what: str, form: str) -> dict[str, str]:
     """A list file of `id value` lines, refused when an id occurs twice."""
     pairs = tree.pairs(relative, what, form)
-    tree.require_unique(relative, (id_ for id_, _ in pairs), "the id")
-    return dict(pairs)
+    tree.require_unique(relative, (id_ for _, id_, _ in pairs), "the id")
+    return {id_: value for _, id_, value in pairs}
 
 
 def _check_ids(tree: Tree, relative: str, path_of: dict[str, str], table: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from common.data.demo_layouts import DEMO_FORMAT, WRITERS
 from common.data.published import published
 from common.data.tree import Tree
 from common.errors import UserError
+from common.files import open_plain
 
 MARKER = "demo.json"
 
@@ -62,11 +63,12 @@ def write_demo(name: str, root: str | Path) -> None:
 def is_finished(folder: Path) -> bool:
     """Whether a folder is a demo tree of this version, with every file at its full size."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        with open_plain(folder / MARKER) as file:
+            marker = json.loads(file.read())
         if marker["format"] != DEMO_FORMAT:
             return False
         return all((folder / file).stat().st_size == size for file, size in marker["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

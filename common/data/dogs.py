@@ -35,7 +35,7 @@ def dog(root: str | Path, split: str) -> Images:
     classes = [folders.get(label, str(label + 1)) for label in range(max(folders) + 1)]
     ids, labels = lists[split]
     tree.names("Images", "the folder of the images")
-    tree.require_images("Images", [f"{image_id}.jpg" for image_id in ids])
+    tree.require_images(LISTS[split], "Images", [f"{image_id}.jpg" for image_id in ids])
     return Images("dog", split, ids, [f"{tree.path / 'Images'}/{image_id}.jpg" for image_id in ids], labels, classes)
 
 
@@ -50,4 +50,7 @@ def _read_list(tree: Tree, part: str) -> tuple[list[str], list[int]]:
             raise tree.damaged(tree.path / file, f"has in annotation_list {image_id!r}, which is no class/image")
     tree.require_unique(file, ids, "the image")
     classes = tree.published.classes
-    return ids, [tree.label(file, image_id, label, classes) for image_id, label in zip(ids, labels, strict=True)]
+    return ids, [
+        tree.label(file, f"entry {position}", *pair, classes)
+        for position, pair in enumerate(zip(ids, labels, strict=True))
+    ]

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torchvision.datasets import Food101
-
 from common.data.images import Images
 from common.data.published import DATA_SETS
 from common.data.tree import Tree
@@ -24,11 +22,12 @@ def food101(root: str | Path, split: str) -> Images:
     listed = tree.json(list_file, f"the list of {split} images")
     _check_list(tree, list_file, listed)
     tree.names("images", "the folder of the images")
+    classes = sorted(listed)
+    number_of = {name: label for label, name in enumerate(classes)}
     ids = [id_ for ids in listed.values() for id_ in ids]
-    tree.require_images("images", [f"{id_}.jpg" for id_ in ids])
-
-    source = Food101(tree.root, split=split, download=False)
-    return Images("food101", split, ids, source._image_files, source._labels, source.classes)
+    labels = [number_of[name] for name, ids in listed.items() for _ in ids]
+    tree.require_images(list_file, "images", [f"{id_}.jpg" for id_ in ids])
+    return Images("food101", split, ids, [f"{tree.path / 'images'}/{id_}.jpg" for id_ in ids], labels, classes)
 
 
 def _check_list(tree: Tree, list_file: str, listed: object) -> None:

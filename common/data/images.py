@@ -4,8 +4,10 @@ import copy
 import errno
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from common.errors import UserError
+from common.files import open_plain
 
 Transform = Callable[[Image.Image], Any]
 Decode = Callable[[Path], Image.Image]
@@ -48,28 +51,74 @@ class BadImage(UserError):
         return cls(f"{path}{_NOT_READABLE}{reason}; replace it, or allow some with --skip-bad-images N.", path)
 
 
+# Not whatever Pillow can open: for some formats it starts other programs, EPS's being an interpreter.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 2**26  # 67 million: 256 MiB as Pillow keeps them
+MAX_SCANS = 32  # of a progressive JPEG, which has about 10
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # of a segment; the others stand alone
+MAX_RATIO = 100  # of the sides: a resize of the short side makes the long one as much longer
+
+
 def load_image(path: str | Path) -> Image.Image:
-    """Decodes a file to an RGB image of its own size.
+    """Decodes a file of one of FORMATS to an RGB image of its own size.
 
     - Grey, palette, CMYK, YCbCr, ... become RGB as Pillow converts them.
     - Transparency is dropped: the colour stored below it is kept, as `Image.convert("RGB")` and so
       torchvision's loader and the published code do.
-    - 16-bit grey: 0..65535 is scaled to 0..255 (Pillow alone would clip everything above 255 to white).
+    - 16-bit grey: 0..65535 is scaled to 0..255 (Pillow alone would clip everything above 255 to white). Of 16-bit
+      colours the high byte is taken.
     - EXIF orientation is ignored and of several frames the first is taken, also as the published code does.
 
     Raises:
-        BadImage: missing, empty, truncated or not an image; more pixels than Pillow allows (decompression
-            bomb); or grey levels without a known range (floats, 32-bit integers beyond 16 bits).
+        BadImage: missing, empty, truncated or not an image; no plain file; more than MAX_PIXELS (a decompression
+            bomb) or MAX_SCANS, or sides beyond MAX_RATIO; or grey levels without a known range (floats, 32-bit
+            integers beyond 16 bits).
     """
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            _refuse_many_scans(image)
+        image.load()
+        return _to_rgb(image)
+
+
+def _refuse_many_scans(image: Any) -> None:
+    """A scan goes over all pixels, and a hundred bytes make one: a small file could take hours."""
+    file = image.fp
+    before = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(before)
+    scans, position = 0, 2  # behind the mark of the beginning
+    while (marker := _JPEG_MARKER.search(content, position)) and marker[0] != b"\xff\xd9":  # the end of the image
+        scans += marker[0] == b"\xff\xda"
+        # The length of its segment; the data of a scan, up to the next marker, are searched through.
+        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    if scans > MAX_SCANS:
+        raise ValueError(f"its {scans} scans are more than {MAX_SCANS}")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image in pixels, as the header says them; BadImage as `load_image`."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image of which only the header is read. What goes wrong with it in the block becomes a BadImage."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(image)
+        with open_plain(path) as file, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
+            if max(width, height) > MAX_RATIO * min(width, height):
+                raise ValueError(f"of its {width} x {height} pixels one side is over {MAX_RATIO} times the other")
+            yield image
     except FileNotFoundError:
         raise BadImage.because(path, "there is no such file") from None
     except UnidentifiedImageError:
         empty = os.path.getsize(path) == 0
-        reason = "the file is empty" if empty else "its content is of no known image format"
+        reason = "the file is empty" if empty else f"its content is of none of the formats {', '.join(FORMATS)}"
         raise BadImage.because(path, reason) from None
     except MemoryError:
         raise
@@ -87,10 +136,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # I;16, I;16L, I;16B, and I, which older Pillow gives for 16-bit PNG
-        levels = np.asarray(image).astype(np.int64)
+        levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"its grey levels {levels.min()}..{levels.max()} are not 16-bit")
-        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+        image = Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its grey levels are floating-point numbers without a known range")
     elif "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):

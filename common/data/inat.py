@@ -42,7 +42,7 @@ def inat2017(root: str | Path, split: str) -> Images:
 
     files = [image["file_name"] for image in images]
     tree.names("train_val_images", "the folder of the images")
-    tree.require_images(".", files)
+    tree.require_images(list_file, ".", files)
     return Images(
         "inat2017",
         split,

@@ -35,6 +35,6 @@ def _leaves(name: str, root: str | Path, split: str) -> Images:
     }
     classes = [str(number + 1) for number in range(1 + max(max(labels) for _, labels in lists.values()))]
     files, labels = lists[split]
-    tree.require_images("images", files)
+    tree.require_images(f"anno/{split}.txt", "images", files)
     folder = f"{tree.path / 'images'}/"
     return Images(name, split, files, [folder + file for file in files], labels, classes)

@@ -55,8 +55,9 @@ def shuffled(count: int, seed: int) -> Order:
 
 
 def seed_of(*numbers: int) -> int:
-    """A well-mixed 63-bit seed from several small numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """A well-mixed 63-bit seed from several small numbers; other numbers, or more of them, give another one."""
+    # SeedSequence alone fills up with zeros: (seed, epoch) would be (seed, epoch, 0), the first sample of that epoch.
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_everything(*numbers: int) -> None:

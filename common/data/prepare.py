@@ -1,48 +1,45 @@
 """Making sure that a data set is there, by a download that leaves nothing half-written where it is not."""
 
-import http.client
 import os
-import shutil
-import tarfile
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100, FGVCAircraft, Food101
 
-from common.data.archive import check_zip, unpack_zip
+from common.data.archive import unpack
 from common.data.published import published
 from common.data.readers import READERS
 from common.data.tree import Tree
 from common.download import download as download_file
 from common.errors import UserError
+from common.files import one_at_a_time
 
 COCO_HOST = "http://images.cocodataset.org"
 
 
 @dataclass(frozen=True)
 class _Archive:
-    """One zip file of COCO: where it is, the folder it unpacks to, and what has to be there afterwards."""
+    """An archive of a data set: where it is, its md5 where one is known, the folder in it, where that goes."""
 
     url: str
+    md5: str | None
     folder: str
-    provides: tuple[str, ...]
+    target: Path
+    provides: tuple[str, ...] = ("",)  # what has to be in the target afterwards
+
+    @property
+    def missing(self) -> bool:
+        return any(_absent(self.target / path) for path in self.provides)
 
 
 # Annotations first: the smallest archive shows soonest whether the way to the server is open.
-_COCO_ARCHIVES = (
-    _Archive(
-        "annotations/annotations_trainval2017.zip",
-        "annotations",
-        ("annotations/instances_train2017.json", "annotations/instances_val2017.json"),
-    ),
-    _Archive("zips/val2017.zip", "val2017", ("val2017",)),
-    _Archive("zips/train2017.zip", "train2017", ("train2017",)),
-)
-
-
-# torchvision's own downloads: the class, and the folder that its archive unpacks to.
+_COCO: dict[str, tuple[str, ...]] = {
+    "annotations/annotations_trainval2017.zip": ("instances_train2017.json", "instances_val2017.json"),
+    "zips/val2017.zip": ("",),
+    "zips/train2017.zip": ("",),
+}
+# Where torchvision knows an archive: its class, and the folder that the archive unpacks to.
 _TORCHVISION: dict[str, tuple[Any, str]] = {
     "air": (FGVCAircraft, "fgvc-aircraft-2013b"),
     "aircraft": (FGVCAircraft, "fgvc-aircraft-2013b"),
@@ -55,7 +52,7 @@ _TORCHVISION: dict[str, tuple[Any, str]] = {
 def prepare(name: str, root: str | Path, download: bool = True) -> None:
     """Makes sure that a data set is complete below `root`; where it is, nothing is fetched or written.
 
-    Only one process may call this at a time; the others wait for it.
+    Several processes may call this at once: one works, the others wait for it.
 
     Args:
         name: one of `common.data.published.DATA_SETS`.
@@ -75,9 +72,9 @@ def prepare(name: str, root: str | Path, download: bool = True) -> None:
         return
     if not download:
         raise problem
-    fetched = _prepare_coco(tree) if facts.name == "coco" else _prepare_with_torchvision(tree)
+    fetched = [_fetch(archive) for archive in _archives(tree)]
     # What was there before and is wrong is the user's to remove: nothing of it is overwritten.
-    problem = _problem(tree) if fetched else problem
+    problem = _problem(tree) if any(fetched) else problem
     if problem is not None:
         raise problem
 
@@ -97,46 +94,36 @@ def _absent(path: Path) -> bool:
     return not path.exists() or (path.is_dir() and not os.listdir(path))
 
 
-def _prepare_with_torchvision(tree: Tree) -> bool:
-    """Downloads a data set that torchvision knows; returns whether anything was fetched."""
-    if not _absent(tree.path):
-        return False
+def _archives(tree: Tree) -> list[_Archive]:
     name = tree.published.name
-    # In a folder of its own: torchvision takes whatever an interrupted download left behind for complete.
-    temporary = tree.root / f".download-{name}-{uuid.uuid4().hex}"
+    if name == "coco":
+        folders = ("annotations", "val2017", "train2017")
+        return [
+            _Archive(f"{COCO_HOST}/{path}", None, folder, tree.path / folder, provides)
+            for folder, (path, provides) in zip(folders, _COCO.items(), strict=True)
+        ]
     source, folder = _TORCHVISION[name]
+    if issubclass(source, CIFAR10):
+        return [_Archive(source.url, source.tgz_md5, folder, tree.path)]
+    return [_Archive(source._URL, getattr(source, "_MD5", None), folder, tree.path)]
+
+
+def _fetch(archive: _Archive) -> bool:
+    """Downloads and unpacks what is missing; returns whether anything was, here or by a process that was waited for."""
+    if not archive.missing:
+        return False
+    file = archive.target.parent / archive.url.rpartition("/")[2]
     try:
-        temporary.mkdir(parents=True)
-        source(temporary, download=True)
-        tree.path.parent.mkdir(parents=True, exist_ok=True)
-        (temporary / folder).rename(tree.path)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        tarfile.TarError,
-        http.client.HTTPException,
-    ) as error:
-        url = source.url if issubclass(source, CIFAR10) else source._URL
-        reason = " ".join(str(getattr(error, "reason", "") or error or type(error).__name__).split())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(file):
+            if archive.missing:
+                by_hand = file.exists()
+                download_file(archive.url, file, md5=archive.md5)
+                unpack(file, archive.folder, archive.target, keep=by_hand)
+                if not by_hand:
+                    file.unlink()
+    except OSError as error:
         raise UserError(
-            f"{url} could not be downloaded and unpacked to {tree.path} ({reason}); try again, or "
-            f"get it by hand from {tree.published.source} and unpack it below {tree.root}."
+            f"{archive.target} cannot be written ({error.strerror}); make room or name another folder with --data-root."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return True
-
-
-def _prepare_coco(tree: Tree) -> bool:
-    """Downloads those of COCO's archives whose content is missing; returns whether there were any."""
-    missing = [archive for archive in _COCO_ARCHIVES if any(_absent(tree.path / path) for path in archive.provides)]
-    for archive in missing:
-        url = f"{COCO_HOST}/{archive.url}"
-        file = tree.path / Path(archive.url).name
-        download_file(url, file)
-        check_zip(file, archive.folder)
-        unpack_zip(file, archive.folder, tree.path)
-        file.unlink()
-    return bool(missing)

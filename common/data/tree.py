@@ -4,21 +4,27 @@ Every reader starts here, so that every missing or damaged file gives one senten
 where, and where to get it.
 """
 
-import io
 import json
 import os
-import warnings
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-
+from common.data.matlab import read_matlab
 from common.data.published import Published
 from common.errors import UserError
+from common.files import open_plain
 
-Content = TypeVar("Content")
+# A name that leads out of its folder, or could not be a line of a list.
+_OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\0-\x1f]")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a list may name this file: below a folder, on one line."""
+    return _OUTSIDE.search(name) is None
 
 
 class Tree:
@@ -75,10 +81,12 @@ class Tree:
             raise self.missing(what, folder, "is empty")
         return names
 
-    def _read(self, relative: str, what: str, read: Callable[[Path], Content]) -> Content:
+    def content(self, relative: str, what: str) -> bytes:
+        """The bytes of a file; UserError when it is missing or unreadable."""
         file = self.path / relative
         try:
-            return read(file)
+            with open_plain(file) as opened:
+                return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             raise self.missing(what, file) from None
         except OSError as error:
@@ -88,20 +96,21 @@ class Tree:
         """A text file, decoded as UTF-8; UserError when it is missing, empty, unreadable or not text."""
         try:
             # -sig: some editors put a byte order mark before the first line.
-            text = self._read(relative, what, lambda file: file.read_text(encoding="utf-8-sig"))
+            text = self.content(relative, what).decode("utf-8-sig")
         except UnicodeDecodeError:
             raise self.damaged(self.path / relative, "is not a text file") from None
         if not text.strip():
             raise self.damaged(self.path / relative, "is empty")
-        return text
+        return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def lines(self, relative: str, what: str) -> list[str]:
         """The non-blank lines of a list file, stripped; errors as in `text`."""
         # Split at line feeds only: splitlines() would also cut at characters that occur inside names.
         return [line.strip() for line in self.text(relative, what).split("\n") if line.strip()]
 
-    def pairs(self, relative: str, what: str, form: str, at_last: bool = False) -> list[tuple[str, str]]:
-        """The non-blank lines of a list file, each cut in two at its first space (`at_last`: its last).
+    def pairs(self, relative: str, what: str, form: str, at_last: bool = False) -> list[tuple[int, str, str]]:
+        """The non-blank lines of a list file: number, and the two parts left and right of the first space
+        (`at_last`: the last).
 
         Raises:
             UserError: as in `text`, and when a line has one field only; `form` says what belongs there.
@@ -113,7 +122,7 @@ class Tree:
             first, *rest = line.strip().rsplit(maxsplit=1) if at_last else line.strip().split(maxsplit=1)
             if not rest:
                 raise self.damaged(self.path / relative, f"has in line {number} no `{form}` ({line.strip()!r})")
-            pairs.append((first, rest[0]))
+            pairs.append((number, first, rest[0]))
         return pairs
 
     def labelled(self, relative: str, what: str, classes: int) -> tuple[list[str], list[int]]:
@@ -123,18 +132,21 @@ class Tree:
             UserError: as in `pairs` and `label`, and when a file is listed twice.
         """
         pairs = self.pairs(relative, what, "file label", at_last=True)
-        files = [file for file, _ in pairs]
-        self.require_unique(relative, files, "the image")
-        return files, [self.label(relative, file, value, classes) for file, value in pairs]
+        self.require_unique(relative, (file for _, file, _ in pairs), "the image")
+        labels = [self.label(relative, f"line {line}", file, value, classes) for line, file, value in pairs]
+        return [file for _, file, _ in pairs], labels
 
-    def label(self, relative: str, image: str, value: object, classes: int) -> int:
-        """The 0-based form of a label of the file `relative`; UserError unless it is one of 1 to `classes`."""
+    def label(self, relative: str, place: str, image: str, value: object, classes: int) -> int:
+        """The 0-based form of a label of the file `relative`; UserError unless it is one of 1 to `classes`.
+
+        `place` says where it stands there ("line 7").
+        """
         digits = str(value)
         # Nine digits at most: int() refuses thousands of them.
         if not (digits.isascii() and digits.isdecimal() and len(digits) < 10 and 1 <= int(digits) <= classes):
             raise self.damaged(
                 self.path / relative,
-                f"gives the image {image} the label {digits[:40]!r} where one of 1 to {classes} is expected",
+                f"gives in {place} the image {image} the label {digits[:40]!r} where one of 1 to {classes} is expected",
             )
         return int(digits) - 1
 
@@ -142,27 +154,21 @@ class Tree:
         """Variables of a MATLAB file, each a list of numbers, strings, or (a struct array) dictionaries of them.
 
         Raises:
-            UserError: the file is missing, unreadable, cut short or no MATLAB file before version 7.3, lacks a
+            UserError: the file is missing, unreadable, cut short or no MATLAB file of version 5 to 7.2, lacks a
                 variable, or holds something else in it.
         """
-        from scipy.io import loadmat  # here: most readers do not need it
-
         file = self.path / relative
-        content = self._read(relative, what, Path.read_bytes)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an unreadable variable: refused below
-                found = loadmat(io.BytesIO(content), variable_names=variables)
-        except Exception as error:
-            # scipy answers damaged bytes with whatever it trips over: zlib.error, TypeError, MemoryError, ...
-            raise self.damaged(file, "is cut short or no MATLAB file (before version 7.3)") from error
+            found = read_matlab(self.content(relative, what), variables)
+        except ValueError as error:
+            reason = f"is cut short or no MATLAB file (version 5 to 7.2) of a list ({error})"
+            raise self.damaged(file, reason) from None
         lists = []
         for variable in variables:
-            values = found.get(variable)
-            if not isinstance(values, np.ndarray) or not values.size:
+            if not found.get(variable):
                 raise self.damaged(file, f"has no list in the variable {variable}")
             try:
-                lists.append([_plain(value) for value in values.ravel()])
+                lists.append([_plain(value) for value in found[variable]])
             except ValueError:
                 raise self.damaged(file, f"has in the variable {variable} an entry that is not one value") from None
         return lists
@@ -171,10 +177,13 @@ class Tree:
         """A JSON file; errors as in `text`, and when it is cut short or not JSON."""
         text = self.text(relative, what)
         try:
-            return json.loads(text, object_hook=object_hook)
-        except (json.JSONDecodeError, RecursionError) as error:
+            content = json.loads(text, object_hook=object_hook)
+            if _HALF_CHARACTER.search(text):  # without its other half it is no text: no file has such a name
+                json.dumps(content, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:  # a ValueError: numbers of thousands of digits
             position = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
             raise self.damaged(self.path / relative, f"is cut short or not JSON{position}") from None
+        return content
 
     def table(
         self, relative: str, content: Any, name: str, fields: dict[str, type], key: str = "id"
@@ -200,14 +209,21 @@ class Tree:
 
     def require_unique(self, relative: str, values: Iterable[Any], what: str) -> None:
         """Raises UserError when a value occurs twice in the file `relative`; `what` names one value."""
-        value, count = Counter(values).most_common(1)[0]
-        if count > 1:
-            raise self.damaged(self.path / relative, f"lists {what} {value} {count} times")
+        for value, count in Counter(values).most_common(1):
+            if count > 1:
+                raise self.damaged(self.path / relative, f"lists {what} {value} {count} times")
 
-    def require_images(self, relative: str, listed: Sequence[str]) -> None:
-        """Raises UserError when a listed file is not in the folder `relative` or the folder below it that it names."""
+    def require_images(self, list_file: str, relative: str, listed: Sequence[str]) -> None:
+        """Raises UserError when a listed file is not in the folder `relative` or the folder below it that it names.
+
+        So it does for a name that leads out of there (links inside do not count: whoever unpacked made them).
+        """
         folders: dict[str, list[str]] = {}
         for path in listed:
+            if not is_inside(path):
+                raise self.damaged(
+                    self.path / list_file, f"lists {path!r}, which is no file below {self.path / relative}"
+                )
             folder, _, file = path.rpartition("/")
             folders.setdefault(folder, []).append(file)
         for folder, files in folders.items():
@@ -232,10 +248,11 @@ class Tree:
 
 
 def _plain(value: Any) -> Any:
-    """What one cell of a MATLAB array holds; ValueError when that is not one value."""
-    if isinstance(value, np.void):  # an entry of a struct array
-        return {name: _plain(value[name]) for name in value.dtype.names or ()}
-    # item(), not int() or str(): NumPy 2.4 refuses arrays there, even those of one element.
-    while isinstance(value, np.ndarray | np.generic):
-        value = value.item()
+    """What one element of a MATLAB array holds; ValueError when that is not one value."""
+    while isinstance(value, list):
+        if len(value) != 1:
+            raise ValueError(f"{len(value)} values")
+        (value,) = value
+    if isinstance(value, dict):  # an element of a struct array
+        return {name: _plain(inner) for name, inner in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -63,7 +63,7 @@ class HierarchicalAttention(SelfAttention):
         self.smooth = nn.Conv1d(1, 1, kernel_size=3, padding=1, bias=False)
         nn.init.ones_(self.smooth.weight)  # a sum of three, not a mean: the z-score removes the scale
         self.ema: Tensor | None = None  # (B, P)
-        self.register_load_state_dict_pre_hook(_drop_ema)
+        self.register_load_state_dict_pre_hook(_drop_ema)  # type: ignore[no-untyped-call]  # torch's has no types
 
     @torch.no_grad()
     def score(self, q: Tensor, k: Tensor) -> Tensor:
@@ -84,10 +84,11 @@ class HierarchicalAttention(SelfAttention):
         return self._average(scores) if self.training else scores
 
     def _average(self, scores: Tensor) -> Tensor:
+        finite = scores.isfinite().all(dim=-1, keepdim=True)  # NaN would never leave the average again
         if self.ema is None or self.ema.shape != scores.shape or self.ema.device != scores.device:
-            self.ema = scores.clone()
+            self.ema = scores.where(finite, 0)
         else:
-            self.ema.mul_(EMA_DECAY).add_(scores, alpha=1 - EMA_DECAY)
+            self.ema = torch.where(finite, self.ema.mul(EMA_DECAY).add(scores, alpha=1 - EMA_DECAY), self.ema)
         return 0.5 * (scores + self.ema)
 
 
@@ -96,7 +97,7 @@ def importance(scores: Tensor) -> Tensor:
     return (scores / TEMPERATURE).softmax(dim=-1)
 
 
-def _drop_ema(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _drop_ema(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     state_dict.pop(f"{prefix}ema_grad", None)
 
 

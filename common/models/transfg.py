@@ -45,7 +45,8 @@ class LocalBlock(nn.Module):
         """Return the first `rows` (default all) tokens of (B, N, D) as they leave the block: (B, rows, D)."""
         q, k, v = self.attn.heads(self.norm1(tokens))
         tokens = tokens[:, :rows] + self.attn.attend(q[:, :, :rows], k, v)
-        return tokens + self.mlp(self.norm2(tokens))
+        out: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return out
 
 
 class TransFG(nn.Module):
@@ -103,7 +104,8 @@ class TransFG(nn.Module):
     def _score(self, patches: Tensor) -> Tensor:
         """Return part scores (B, P) of patches (B, P, D), in the weights' precision even under autocast."""
         with torch.autocast(patches.device.type, enabled=False):
-            return self.part_select(patches.to(self.classifier.weight.dtype)).squeeze(-1)
+            scores: Tensor = self.part_select(patches.to(self.classifier.weight.dtype))  # (B, P, 1)
+        return scores.squeeze(-1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the ViT blocks in the backward pass instead of keeping their activations."""

@@ -56,13 +56,13 @@ def build_vit(
 def num_heads(vit: VisionTransformer) -> int:
     """Return the number of attention heads of the first block, whatever kind of timm block it is."""
     heads = (getattr(module, "num_heads", None) for module in vit.blocks[0].modules())
-    return next(n for n in heads if n is not None)
+    return int(next(n for n in heads if n is not None))
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     """Return the tokens (B, N, D) that enter the first block, for images (B, 3, height, width)."""
-    x = vit._pos_embed(vit.patch_embed(images))  # (B, N, D)
-    return vit.norm_pre(vit.patch_drop(x))
+    tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    return tokens
 
 
 def run_blocks(vit: VisionTransformer, images: Tensor, depth: int) -> Tensor:
@@ -134,7 +134,8 @@ class SelfAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the projected output (B, Q, D) of the queries q (B, H, Q, d) over k and v (B, H, N, d)."""
         out = F.scaled_dot_product_attention(q, k, v)  # (B, H, Q, d)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 def select_tokens(tokens: Tensor, indices: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ def _by_id(
 ) -> dict[str, str]:
     """A list of `id value` lines, with the ids of `path_of`, and `allowed` values, where these are given."""
     pairs = tree.pairs(file, "an annotation file", form)
-    tree.require_unique(file, (id_ for id_, _ in pairs), "the id")
-    values = dict(pairs)
+    tree.require_unique(file, (id_ for _, id_, _ in pairs), "the id")
+    values = {id_: value for _, id_, value in pairs}
     odd = [] if path_of is None else sorted(path_of.keys() ^ values.keys())
     if odd:
         raise tree.damaged(tree.path / file, f"and images.txt do not list the same {len(odd):,} images ({odd[0]})")
@@ -117,9 +117,9 @@ def _aircraft(tree: Source) -> Annotations:
         tree.pairs(f"data/images_variant_{part}.txt", f"the list of {part} images", "image-id variant")
         for part in ("trainval", "test")
     ]
-    names = sorted({variant for pairs in lists for _, variant in pairs})
+    names = sorted({variant for pairs in lists for _, _, variant in pairs})
     number = {name: class_id for class_id, name in enumerate(names)}
-    train_val, test = ([(number[variant], f"{image_id}.jpg") for image_id, variant in pairs] for pairs in lists)
+    train_val, test = ([(number[variant], f"{image_id}.jpg") for _, image_id, variant in pairs] for pairs in lists)
     return Annotations(train_val, test, dict(enumerate(names)))
 
 
@@ -130,9 +130,9 @@ def _cars(tree: Source) -> Annotations:
     rows: dict[Any, list[Row]] = {0: [], 1: []}
     for position, entry in enumerate(annotations):
         path, *_, label, is_test = entry.values() if isinstance(entry, dict) and len(entry) > 2 else (None,) * 3
-        if not isinstance(path, str) or is_test not in rows:
+        if not isinstance(path, str) or not isinstance(is_test, int) or is_test not in rows:
             raise tree.damaged(tree.path / file, f"has no path, class and test flag in entry {position} of annotations")
-        rows[is_test].append((tree.label(file, path, label, len(names)), path.rpartition("/")[2]))
+        rows[is_test].append((tree.label(file, f"entry {position}", path, label, len(names)), path.rpartition("/")[2]))
     return Annotations(rows[0], rows[1], dict(enumerate(names)))
 
 
@@ -142,9 +142,12 @@ def _dogs(tree: Source) -> Annotations:
     names: dict[int, str] = {}
     for file in ("train_list.mat", "test_list.mat"):
         images, labels = tree.mat(file, "an annotation file", "annotation_list", "labels")
-        if len(images) != len(labels) or not all(isinstance(image, str) for image in images):
+        if len(images) != len(labels) or not _strings(images):
             raise tree.damaged(tree.path / file, "has no annotation_list of paths with a label for each")
-        numbers = [tree.label(file, *pair, tree.published.classes) for pair in zip(images, labels, strict=True)]
+        numbers = [
+            tree.label(file, f"entry {position}", *pair, tree.published.classes)
+            for position, pair in enumerate(zip(images, labels, strict=True))
+        ]
         lists.append([(number, f"{image}.jpg") for number, image in zip(numbers, images, strict=True)])
         names |= {number: image.partition("/")[0] for number, image in zip(numbers, images, strict=True)}
     return Annotations(lists[0], lists[1], names)
@@ -157,7 +160,10 @@ def _pets(tree: Source) -> Annotations:
     for part in ("trainval", "test"):
         file = f"annotations/{part}.txt"
         pairs = tree.pairs(file, f"the list of {part} images", "image class-id species breed-id")
-        rows = [(tree.label(file, image, rest.split()[0], tree.published.classes), image) for image, rest in pairs]
+        rows = [
+            (tree.label(file, f"line {line}", image, rest.split()[0], tree.published.classes), image)
+            for line, image, rest in pairs
+        ]
         lists.append([(number, f"{image}.jpg") for number, image in rows])
         names |= {number: image.rpartition("_")[0] for number, image in rows}
     return Annotations(lists[0], lists[1], names)
@@ -174,9 +180,11 @@ def _flowers(tree: Source) -> Annotations:
                 raise tree.damaged(
                     tree.path / "setid.mat", f"has the image {image_id!r}, which imagelabels.mat has not"
                 )
-        files = [(labels[image_id - 1], f"image_{image_id:05d}.jpg") for image_id in part]
+        files = [(image_id - 1, f"image_{image_id:05d}.jpg") for image_id in part]
         classes = tree.published.classes
-        rows.append([(tree.label("imagelabels.mat", file, label, classes), file) for label, file in files])
+        rows.append(
+            [(tree.label("imagelabels.mat", f"entry {at}", file, labels[at], classes), file) for at, file in files]
+        )
     train, val, test = rows
     names = getattr(Flowers102, "classes", map(str, range(1, 103)))  # torchvision knows them from 0.22 on
     return Annotations(train + val, test, dict(enumerate(names)), len(train))
@@ -187,7 +195,7 @@ def _food(tree: Source) -> Annotations:
     files = ("meta/train.json", "meta/test.json")
     lists = [tree.json(file, "an annotation file") for file in files]
     for file, content in zip(files, lists, strict=True):
-        if not isinstance(content, dict) or not all(isinstance(images, list) for images in content.values()):
+        if not isinstance(content, dict) or not all(map(_strings, content.values())):
             raise tree.damaged(tree.path / file, "is not an object of class names and lists of images")
     names = sorted({name for content in lists for name in content})
     number = {name: class_id for class_id, name in enumerate(names)}
@@ -195,6 +203,10 @@ def _food(tree: Source) -> Annotations:
         [(number[name], f"{image}.jpg") for name, images in content.items() for image in images] for content in lists
     )
     return Annotations(train_val, test, dict(enumerate(names)))
+
+
+def _strings(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _inat17(tree: Source) -> Annotations:
@@ -225,7 +237,7 @@ def _leaves(tree: Source) -> Annotations:
     rows: dict[str, list[tuple[int, int, str]]] = {"train": [], "test": []}
     for file in tree.names(tree.images, "the folder of the images"):
         if match := re.fullmatch(r"(\d+)_(\d+)_(train|test)\.png", file):
-            class_id = tree.label(tree.images, file, match[1], tree.published.classes)
+            class_id = tree.label(tree.images, "its name", file, match[1], tree.published.classes)
             rows[match[3]].append((class_id, int(match[2]), file))
     if not rows["train"] or not rows["test"]:
         raise tree.damaged(tree.path / tree.images, "has not both images of the form 1_2_train.png and 1_2_test.png")
@@ -255,8 +267,10 @@ def read_annotations(dataset_name: str, root: str | Path, images: str) -> Annota
     tree.names(".", "the folder of the data set")
     annotations = READERS[dataset_name](tree)
     listed = [image for _, image in annotations.train_val + annotations.test]
+    if not annotations.train_val or not annotations.test:
+        raise tree.damaged(tree.path, "has annotation files that list no image for training, or none for the test")
     tree.require_unique(".", listed, "the image")
     tree.names(images, "the folder of the images")
-    tree.require_images(images, listed)
+    tree.require_images(".", images, listed)
     used = {class_id for class_id, _ in annotations.train_val + annotations.test}
     return annotations._replace(names={class_id: annotations.names[class_id] for class_id in sorted(used)})

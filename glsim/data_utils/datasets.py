@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import NamedTuple
 
 from common import data as readers
 from common.data import Data, Images
+from common.data.tree import is_inside
 from common.errors import UserError
+from common.files import open_plain
 from glsim.data_utils.transforms import CIFAR, transforms
 from glsim.train_utils.settings import Settings
 
@@ -84,7 +87,7 @@ def read_list(file: Path) -> Listed:
         raise UserError(f"{file} lists no image; make it again with ./prepare_datasets.sh")
     line_of: dict[str, int] = {}
     for line, _, image in rows:
-        if not image or image.startswith("/") or ".." in image.split("/") or "\0" in image:
+        if not image or not is_inside(image):
             raise UserError(f"{file}, line {line}: expected an image below the folder of the images, found {image!r}")
         if line_of.setdefault(image, line) != line:
             raise UserError(f"{file} lists {image} in line {line_of[image]} and in line {line}; take one of them out")
@@ -106,7 +109,7 @@ def _rows(file: Path, value: str) -> list[tuple[int, int, str]]:
     rows = []
     try:
         # -sig: some editors put a byte order mark before the first line.
-        with file.open(encoding="utf-8-sig", newline="") as lines:
+        with io.TextIOWrapper(open_plain(file), encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             header = next(reader, [])
             if not {"class_id", value} <= set(header):
@@ -139,14 +142,14 @@ def _classes(names_file: Path, learned: list[Listed], test: Listed) -> list[str]
     unlearned = set(test.labels) - ids
     if unlearned:
         raise UserError(
-            f"{test.file} has images of class {min(unlearned)}, and there are none in {files}: expected files that "
-            "belong together; make them again with ./prepare_datasets.sh"
+            f"{_place([test], min(unlearned))} has an image of class {min(unlearned)}, and there are none in {files}: "
+            "expected files that belong together; make them again with ./prepare_datasets.sh"
         )
     for number, class_id in enumerate(sorted(ids)):
         if class_id != number:
             raise UserError(
-                f"there are images of class {class_id} and none of class {number} in {files}: expected class ids from "
-                "0 on without gaps; number them anew in all csv files"
+                f"there is an image of class {class_id} and none of class {number} in {files} "
+                f"({_place(learned, class_id)}): expected ids from 0 on without gaps; number them anew in all csv files"
             )
     if not names_file.exists():
         return [str(number) for number in range(len(ids))]
@@ -158,6 +161,12 @@ def _classes(names_file: Path, learned: list[Listed], test: Listed) -> list[str]
             "remove the file to do without names"
         )
     return [names[number] for number in range(len(ids))]
+
+
+def _place(lists: list[Listed], wanted: int) -> str:
+    """File and line of the first image of the class."""
+    rows = ((listed.file, line, class_id) for listed in lists for line, class_id, _ in _rows(listed.file, "dir"))
+    return next(f"{file}, line {line}" for file, line, class_id in rows if class_id == wanted)
 
 
 def _require_images(folder: Path, listed: Listed, option: str, listing: Callable[[str], frozenset[str]]) -> None:

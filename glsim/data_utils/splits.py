@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from common.errors import UserError
+from common.data.tree import is_inside
+from common.errors import UserError, on_one_line
 from common.files import keep_earlier, write_atomically
 from common.log import say
 from glsim.data_utils.annotations import PUBLISHED, READERS, Annotations, Row, read_annotations
@@ -88,7 +89,12 @@ def image_folder(folder: Path) -> tuple[list[Row], dict[int, str]]:
     except OSError as error:
         problem = error.strerror or str(error).rstrip(".")
         raise UserError(f"{folder}: expected a folder of images for each class ({problem}); unpack it there") from error
-    return [(class_id, Path(file).relative_to(folder).as_posix()) for file, class_id in files], dict(enumerate(names))
+    rows = [(class_id, Path(file).relative_to(folder).as_posix()) for file, class_id in files]
+    for _, name in rows:
+        # Linux takes any bytes for a name; those that are no UTF-8 come as halves of characters.
+        if not is_inside(name) or not on_one_line(name):
+            raise UserError(f"{folder} has the file {name!r}, which no list can name: rename it")
+    return rows, dict(enumerate(names))
 
 
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:

@@ -172,6 +172,7 @@ class ViTGLSim(ReleasedNames):
         self._say("aggregated tokens", tokens)
         if not config.load_fc_layer:
             return tokens
+        logits: Tensor
         if config.classifier == "cls":
             logits = self.head(tokens[:, 0])
         elif config.classifier == "pool":

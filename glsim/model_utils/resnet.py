@@ -45,11 +45,14 @@ class ResNet(ReleasedNames):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, 3, height, width), or without a classifier the last features (B, N, D)."""
         if self.config["classifier"] == "pool":
-            return self.base_model(images)
-        return self.base_model.forward_features(images).flatten(2).mT
+            logits: Tensor = self.base_model(images)
+            return logits
+        features: Tensor = self.base_model.forward_features(images)  # (B, D, rows, columns)
+        return features.flatten(2).mT
 
     def get_classifier(self) -> nn.Module:
-        return self.base_model.get_classifier()
+        classifier: nn.Module = self.base_model.get_classifier()
+        return classifier
 
     def _layout(self) -> list[Entry]:
         return [Entry(_released_name(key.removeprefix("base_model.")), key) for key in self.state_dict()]

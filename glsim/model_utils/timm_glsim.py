@@ -102,7 +102,8 @@ class ConvBlock(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return tokens + self.act(self.conv(self.norm(tokens).mT)).mT
+        mixed: Tensor = self.act(self.conv(self.norm(tokens).mT))  # (B, D, N)
+        return tokens + mixed.mT
 
 
 class GLSimTimm(ReleasedNames):

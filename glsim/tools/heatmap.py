@@ -134,7 +134,7 @@ def _similarity(evidence: Evidence, tokens: Tensor) -> Tensor:
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     """Return the attention (B, H, any rows, N) of queries to keys (B, H, N, d), in float32 or wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return (q.to(dtype) * q.shape[-1] ** -0.5 @ k.to(dtype).mT).softmax(-1)
+    return (q.to(dtype) * float(q.shape[-1] ** -0.5) @ k.to(dtype).mT).softmax(-1)
 
 
 def _attention(evidence: Evidence, block: int, released: bool) -> Tensor:
@@ -194,12 +194,14 @@ def overlay(
     if not color:
         return _levels(_enlarged(mask if released else _scaled(mask), picture)[..., None] * picture)
     colors = JET(_enlarged(_levels(mask), picture))[..., :3]
-    return np.rint((picture + 255 * colors) / 2).astype(np.uint8)
+    blend: np.ndarray = np.rint((picture + 255 * colors) / 2)
+    return blend.astype(np.uint8)
 
 
 def squares(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return the mask (rows, columns) alone, as large as the picture (height, width, 3): a square a patch, in JET."""
-    return JET(_enlarged(_levels(mask), picture, Image.Resampling.NEAREST), bytes=True)[..., :3]
+    colors: np.ndarray = JET(_enlarged(_levels(mask), picture, Image.Resampling.NEAREST), bytes=True)  # with alpha
+    return colors[..., :3]
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
@@ -208,7 +210,8 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
-    return np.rint(_scaled(values) * 255).astype(np.uint8)
+    levels: np.ndarray = np.rint(_scaled(values) * 255)
+    return levels.astype(np.uint8)
 
 
 def _enlarged(mask: np.ndarray, picture: np.ndarray, how: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:

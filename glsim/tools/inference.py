@@ -15,6 +15,7 @@ GLSIM-7, GLSIM-8, GLSIM-9, GLSIM-10).
 """
 
 import csv
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from common import dist
 from common.data.images import BadImage, load_image
+from common.data.tree import is_inside
 from common.engine import logits_of
 from common.errors import UserError
 from common.files import keep_earlier, write_csv
@@ -158,22 +160,25 @@ def find(images_path: str | None, settings: Settings) -> dict[Path, Path]:
     files = {}
     for name in _listed(path):
         here = [root / name for root in roots]
-        files[name] = next((file for file in here if file.is_file()), here[0])
+        files[name] = next(filter(os.path.isfile, here), here[0])
     return files
 
 
 def _listed(path: Path) -> list[Path]:
-    with open(path, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines)
-        if "dir" not in (rows.fieldnames or ()):
-            raise UserError(f"{path} has no column `dir`: expected a line `class_id,dir`, then a line an image")
-        names = [Path(row["dir"] or "") for row in rows]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines:
+            rows = csv.DictReader(lines)
+            if "dir" not in (rows.fieldnames or ()):
+                raise UserError(f"{path} has no column `dir`: expected a line `class_id,dir`, then a line an image")
+            names = [row["dir"] or "" for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as csv ({getattr(error, 'strerror', None) or error})") from error
     for name in names:
-        if not name.name or name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path} lists {str(name)!r}: expected an image below the folder of the images")
+        if not Path(name).name or not is_inside(name):
+            raise UserError(f"{path} lists {name!r}: expected an image below the folder of the images")
     if not names:
         raise UserError(f"{path} lists no image")
-    return names
+    return [Path(name) for name in names]
 
 
 class View(NamedTuple):

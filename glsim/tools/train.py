@@ -35,12 +35,11 @@ from common.data.loader import Order, Plan, shuffled
 from common.engine import Objective
 from common.errors import UserError
 from common.experiment import Experiment, Options
-from common.files import keep_earlier
 from common.log import Listener, say
 from common.metrics import Predictions
 from common.npz import download_npz
 from common.run import start
-from common.train import Session
+from common.session import Session
 from glsim.data_utils.datasets import read
 from glsim.data_utils.transforms import transforms
 from glsim.model_utils.build import build_model, timm_arguments
@@ -50,7 +49,7 @@ from glsim.train_utils.losses import make_objective
 from glsim.train_utils.recipe import Recipe, altered, learning_rate
 from glsim.train_utils.schedule import Schedule, make_optimizer, make_schedule
 from glsim.train_utils.speed import measure_speed
-from glsim.train_utils.trained import OF_THE_DATA, classes_of, settings_of_checkpoint
+from glsim.train_utils.trained import OF_THE_DATA, classes_in, classes_of, settings_of_checkpoint
 from glsim.train_utils.yaml_config import ELSEWHERE, NO_EFFECT, WITHOUT_EFFECT, read_configs
 
 # train_val and test images of each data set, for records.
@@ -111,17 +110,15 @@ class PublishedFiles(Listener):
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}): see --results_dir") from error
         say(f"checkpoints: {self.folder}")
+        self.files = tuple(self.folder / f"{self.recipe.model_name}_{which}.pth" for which in ("best", "last"))
 
-    def best(self, model: nn.Module, entry: dict[str, Any], first: bool) -> None:
-        self._write(model, "best", entry, keep=first)
+    def best(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        self._write(self.files[0], model, entry)
 
     def last(self, model: nn.Module, entry: dict[str, Any]) -> None:
-        self._write(model, "last", entry, keep=True)
+        self._write(self.files[1], model, entry)
 
-    def _write(self, model: nn.Module, which: str, entry: dict[str, Any], keep: bool) -> None:
-        path = self.folder / f"{self.recipe.model_name}_{which}.pth"
-        if keep and (kept := keep_earlier(path)):
-            say(f"{path} of an earlier run is now {kept}")
+    def _write(self, path: Path, model: nn.Module, entry: dict[str, Any]) -> None:
         released: Any = getattr(model, "released_state_dict", model.state_dict)
         state = {f"model.{name}": tensor.cpu() for name, tensor in released().items()}
         config = dataclasses.asdict(self.recipe) | {"num_classes": len(self.classes)}
@@ -176,6 +173,9 @@ class GLSimExperiment(Experiment):
 
     def said_by(self, checkpoint: Path) -> dict[str, Any]:
         return settings_of_checkpoint(checkpoint, Recipe)
+
+    def classes_of(self, checkpoint: Path) -> list[str] | None:
+        return classes_in(checkpoint)
 
     def recipe_of(self, recipe: Recipe, options: Options, said: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
         if options.demo:  # the digits lie where the demo has put them

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torchvision import transforms as T
 
+from common.building import built_for
 from common.errors import UserError
 from common.predict import read_model_info
-from common.weights import load_checkpoint, read_pickle, read_state_dict
+from common.recipe import check_value
+from common.weights import file_of, load_checkpoint, read_pickle, read_state_dict
 from glsim.data_utils.datasets import read_names
 from glsim.data_utils.transforms import resize_size, transforms
 from glsim.model_utils.build import build_model
 from glsim.model_utils.config import MODEL_NAMES, ViTConfig
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.yaml_config import CONFIGS, check_value, read_config
+from glsim.train_utils.yaml_config import CONFIGS, read_config
 
 # What a checkpoint's configuration says of its training and of the machine, and not of the model.
 OF_THE_PLACE = {"cfg", "cfg_method", "ckpt_path", "weights_dir", "transfer_learning", "pretrained", "debugging"}
@@ -57,7 +59,9 @@ def load_trained(path: str | Path, device: torch.device, **changes: Any) -> Trai
         if info["script"] != "glsim":
             raise UserError(f"{folder} is a run of {info['script']}, not of glsim: use it with that script")
         known = {field.name for field in fields(Settings)}
-        values = {name: value for name, value in info["recipe"].items() if name in known}
+        file = folder / "model.json"
+        said = {name: value for name, value in info["recipe"].items() if name in known}
+        values = {name: check_value(file, name, value, Settings) for name, value in said.items()}
         settings, classes = Settings(**(values | changes)), list(info["classes"])
     else:
         values = settings_of_checkpoint(path)
@@ -65,7 +69,8 @@ def load_trained(path: str | Path, device: torch.device, **changes: Any) -> Trai
             raise UserError(f"{path} does not say what model it is of: name it with --model_name")
         settings = Settings(**(values | changes))
         classes = classes_of(path, settings)
-    model = build_model(settings, len(classes))
+    with built_for(file_of(path), folder / "model.json" if path.is_dir() else path):
+        model = build_model(settings, len(classes))
     load_checkpoint(model, path)
     return Trained(model.eval().to(device), settings, classes, transforms(settings)[1], settings.model_name)
 
@@ -129,11 +134,17 @@ def _content(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, Mapping) else {}
 
 
+def classes_in(path: Path) -> list[str] | None:
+    """Return the class names in the checkpoint; the authors' have none."""
+    classes = _content(path).get("classes")
+    return classes if isinstance(classes, list) and all(isinstance(name, str) for name in classes) else None
+
+
 def classes_of(path: Path, settings: Settings) -> list[str]:
     """Return the class names: those in the checkpoint, else of the data set's list, else numbers."""
-    classes = _content(path).get("classes")
-    if isinstance(classes, list):
-        return [str(name) for name in classes]
+    classes = classes_in(path)
+    if classes is not None:
+        return classes
     state = read_state_dict(path)
     heads = [len(value) for key, value in state.items() if key.endswith(("head.bias", "fc.bias", "net.fc.weight"))]
     count = heads[-1] if heads else 0

@@ -1,16 +1,15 @@
 """The published YAML files: values by the names of an options class, and `defaults:`, further files merged first."""
 
 import difflib
-import types
-import typing
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, brief
+from common.reading import read_text
+from common.recipe import check_value
 from glsim.train_utils.settings import Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"  # the shipped files
@@ -21,6 +20,9 @@ WITHOUT_EFFECT = (
     *("hidden_act", "classifier_aux", "loss_aux_weight", "head_norm", "head_act", "head_dropout_all"),
     *("head_dropout_prob", "cooldown_epochs"),
 )
+
+# A configuration has ten lines; what is built of this much is still read in a second.
+MOST_BYTES, MOST_FILES = 16 << 10, 64
 
 NO_EFFECT = "has no effect in GLSim, not in the released code either: leave it out"
 # Published options that are none here, and what to say of them.
@@ -40,33 +42,46 @@ def read_config(path: str | Path, settings_class: type = Settings) -> dict[str, 
     `defaults` are relative to the file that names them. Raises UserError for a file that is missing or no YAML, for
     `defaults` that lead back to their file, and for names or values that are none of `settings_class`.
     """
-    return _read(Path(path), settings_class, ())
+    return _read(Path(path), settings_class, (), [])
 
 
-def _read(path: Path, settings_class: type, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, settings_class: type, above: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
     if path.resolve() in above:
         raise UserError(f"{path}: its defaults lead back to the file itself; take one of them out")
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise UserError(f"{path}: more than {MOST_FILES} files in the defaults of files: put them into one")
     content = _load(path)
     defaults = content.pop("defaults", None) or []
-    if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
+    if not isinstance(defaults, list) or not all(isinstance(name, str) and "\0" not in name for name in defaults):
         raise UserError(f"{path}: defaults: expected a list of files")
     values: dict[str, Any] = {}
     for name in defaults:
-        values |= _read(path.parent / name, settings_class, (*above, path.resolve()))
+        values |= _read(path.parent / name, settings_class, (*above, path.resolve()), read)
     for key, value in content.items():
         _check_name(path, key, settings_class)
         values[key] = check_value(path, key, value, settings_class)
     return values
 
 
+class _SafeLoader(yaml.SafeLoader):
+    """safe_load without aliases: with them ten lines can say a billion things, and no published file has one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not understood here: write the value again")
+        return super().compose_node(parent, index)
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _SafeLoader(read_text(path, MOST_BYTES)).get_single_data()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: expected a configuration file, as configs/ has them") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+    # ValueError: a date that there is not; TypeError: a key that is none; RecursionError: brackets without end
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     if content is None:
         return {}
@@ -84,53 +99,8 @@ def _check_name(path: Path, key: Any, settings_class: type) -> None:
     if key in ("cfg", "cfg_method"):
         raise UserError(f"{path}: {key} belongs on the command line; what includes files here is `defaults:`")
     if key not in names:
-        near = difflib.get_close_matches(str(key), names, n=1)
-        raise UserError(f"{path}: there is no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def check_value(source: str | Path, key: str, value: Any, settings_class: type) -> Any:
-    """Return the value of the field `key` of `settings_class`, integers and words for floats as floats.
-
-    Raises UserError, naming `source`, which it comes from, and the field, where it is of another type or no choice.
-    """
-    kinds = _kinds(typing.get_type_hints(settings_class)[key])
-    for kind in kinds:
-        with suppress(ValueError, OverflowError):
-            return _as(kind, value)
-    expected = " or ".join(kind if isinstance(kind, str) else NAMES[kind] for kind in kinds)
-    raise UserError(f"{source}: {key}: {value!r} is of the wrong type or no choice: expected {expected}")
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """The value as one of this kind; ValueError for another."""
-    if kind is float and type(value) in (int, str):  # YAML reads 1e-5 as a word
-        return float(value)
-    if kind == list[float] and type(value) is list:
-        return [_as(float, item) for item in value]
-    if value == kind if isinstance(kind, str) else type(value) is kind:
-        return value
-    raise ValueError
-
-
-NAMES = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    dict: "a mapping",
-    list[float]: "a list of numbers",
-    type(None): "null",
-}
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The types, and the words of a Literal, that an annotation allows."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return [kind for part in typing.get_args(hint) for kind in _kinds(part)]
-    if origin is Literal:
-        return list(typing.get_args(hint))
-    return [dict if origin is dict else hint]
+        near = difflib.get_close_matches(brief(key).strip("'"), names, n=1)
+        raise UserError(f"{path}: there is no option {brief(key)}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def read_configs(given: dict[str, Any], settings_class: type = Settings) -> dict[str, Any]:

@@ -81,14 +81,17 @@ def test_a_cut_file_of_the_demo(copied: Path, tmp_path: Path) -> None:
     sentence(caught.value, copied, "is not the published file", "www.cs.toronto.edu")
 
 
-def test_a_file_that_cannot_be_read(demo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("demo_cifar_is_published")
+def test_a_file_that_cannot_be_read(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / MARKER).unlink()
+
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(CIFAR10, "_load_meta", fail)
     with pytest.raises(UserError) as caught:
-        cifar10(demo_root, "test")
-    sentence(caught.value, demo_root / "cifar10/cifar-10-batches-py", "cannot be read (Permission denied)")
+        cifar10(tmp_path, "test")
+    sentence(caught.value, copied, "cannot be read (Permission denied)")
 
 
 class Hostile:
@@ -105,6 +108,6 @@ def test_a_demo_marker_does_not_make_a_file_trusted(
     size = path.stat().st_size
     path.write_bytes(pickle.dumps(Hostile()).ljust(size, b"."))
     with pytest.raises(UserError) as caught:
-        cifar10(tmp_path, "train")
+        cifar10(tmp_path, "test")
     sentence(caught.value, path, "is no file of the demo data")
     assert not (tmp_path / "called").exists()

@@ -346,7 +346,7 @@ DOG_DAMAGE: Damage = {
     "list of version 7.3": (
         overwrite(LIST, b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"),
         LIST,
-        "no MATLAB file (before version 7.3)",
+        "no MATLAB file (version 5 to 7.2)",
     ),
     "no labels": (_dog(labels=None), LIST, "has no list in the variable labels"),
     "labels empty": (_dog(labels=np.zeros((0, 1))), LIST, "has no list in the variable labels"),

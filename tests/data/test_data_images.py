@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.image_kinds import EPS, KINDS, Kind
 from PIL import Image, ImageFile
 from tiny_trees import sentence, write_image
 from torch._utils import ExceptionWrapper
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from common.data import BadImage, Data, Images, load_image, random_split
+from common.data.images import image_size
 from common.errors import UserError
 
 
@@ -107,6 +109,38 @@ def test_grey_levels_without_a_range_are_refused(tmp_path: Path) -> None:
         sentence(caught.value, path, "grey levels")
 
 
+# Every odd kind of file
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_what_becomes_of_a_kind_of_image(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind.check(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_size_of_an_image_is_read_from_its_header(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png_with_size(300, 200))  # without pixels
+    assert image_size(tmp_path / "a.png") == (300, 200)
+    (tmp_path / "b.png").write_bytes(_png_with_size(60_000, 60_000))
+    (tmp_path / "c.png").write_bytes(EPS)
+    os.mkfifo(tmp_path / "d.png")
+    for name in "bcde":
+        with pytest.raises(BadImage) as caught:
+            image_size(tmp_path / f"{name}.png")
+        sentence(caught.value, tmp_path / f"{name}.png")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BadImage) as caught:
+        load_image(tmp_path / "a.jpg")
+    sentence(caught.value, tmp_path / "a.jpg", "Permission denied")
+
+
 # Bad images
 
 
@@ -170,9 +204,10 @@ def test_a_bad_image_keeps_sentence_and_path_on_its_way_out_of_a_worker(tmp_path
 
 
 def test_a_fault_of_the_machine_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").touch()
     for error in (OSError(errno.EMFILE, "too many open files"), MemoryError()):
 
-        def fail(*_: object, error: BaseException = error) -> None:
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(Image, "open", fail)

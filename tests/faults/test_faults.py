@@ -10,6 +10,6 @@ from faults.cases import Case
 QUICK = [case for case in families.all_cases() if case.quick]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.title)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.section} | {case.title}")
 def test_promise_is_kept(case: Case, tmp_path: Path) -> None:
     assert case.check(tmp_path) >= 1

@@ -368,7 +368,7 @@ def test_evaluation_of_a_checkpoint_that_does_not_fit(
 
 def test_predictions(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
     outcome, folder = whole
-    image = sorted((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))[0]
+    image = min((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))
     ours = train(demo_output, "--predict", image, "--checkpoint", outcome.folder)
     assert ours.status == 0, ours.err
     released = (
@@ -390,7 +390,7 @@ def test_predictions(whole: tuple[Outcome, Path], demo_output: Path, home: Path)
 
 def test_predictions_without_the_data_set(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
     """A bare checkpoint says how many classes there are, not what they are called."""
-    image = sorted((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))[0]
+    image = min((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))
     sizes = ("hidden_size=64", "mlp_dim=128", "num_heads=4", "num_layers=4", "patch_size=4")
     words = ("--dataset", "CUB", "--feature_fusion", "--img_size", "16", "--resize_size", "16", "--num_token", "4")
     words += ("--model_kwargs", *sizes, "--predict", image, "--checkpoint", whole[1] / "output" / "t_checkpoint.bin")

@@ -125,8 +125,10 @@ def test_sizes_given_win_over_the_rule() -> None:
         ({"randaug": True}, "RandAugment(num_ops=2, magnitude=9"),
         (
             {"jitter_prob": 0.3, "jitter_bcs": 0.25, "jitter_hue": 0.125},
-            "RandomApply(p=0.3ColorJitter(brightness=(0.75, 1.25), contrast=(0.75, 1.25), saturation=(0.75, 1.25), "
-            "hue=(-0.125, 0.125)))",
+            (
+                "RandomApply(p=0.3ColorJitter(brightness=(0.75, 1.25), contrast=(0.75, 1.25), saturation=(0.75, 1.25), "
+                "hue=(-0.125, 0.125)))"
+            ),
         ),
         ({"blur": 0.4}, "RandomApply(p=0.4GaussianBlur(kernel_size=(23, 23), sigma=(0.1, 2.0)))"),
         ({"greyscale": 0.2}, "RandomGrayscale(p=0.2)"),
@@ -288,7 +290,7 @@ HEADER = "class_id,dir\n"
         ("test.csv", HEADER + "-1,6.png\n", r"found '-1'"),
         ("test.csv", HEADER + "1.0,6.png\n", r"found '1\.0'"),
         ("test.csv", HEADER + "9999999999,6.png\n", r"found '9999999999'"),
-        ("test.csv", HEADER + "3,6.png\n", r"test\.csv has images of class 3, and there are none in .*train_val\.csv"),
+        ("test.csv", HEADER + "3,6.png\n", r"test\.csv, line 2 has an image of class 3, .* none in .*train_val\.csv"),
         ("test.csv", HEADER + "1,6.png\n2,b/5.png\n1,6.png\n", r"test\.csv lists 6\.png in line 2 and in line 4"),
         ("test.csv", HEADER + "1,b/../6.png\n", r"test\.csv, line 2: expected an image below .* 'b/\.\./6\.png'"),
         ("test.csv", HEADER + "1,/etc/passwd\n", r"line 2: expected an image below .* '/etc/passwd'"),

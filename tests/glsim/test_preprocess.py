@@ -189,7 +189,8 @@ def test_sizes_are_those_of_train_val_and_test(sized: Path, capsys: pytest.Captu
 def test_an_image_without_a_size_is_named(sized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (sized / "images/Abyssinian_102.jpg").write_bytes(b"no image")
     assert calc_hw.main(["--dataset_name", "pets", "--dataset_root_path", str(sized)]) == 1
-    assert "Abyssinian_102.jpg is not readable as an image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Abyssinian_102.jpg: not readable as an image, its content is of none of the formats" in said
 
 
 # download_convert_vit_models

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.experiment import Options
+from common.recipe import check_value
 from glsim.train_utils.recipe import Recipe
-from glsim.train_utils.yaml_config import ELSEWHERE, WITHOUT_EFFECT, check_value, read_config, read_configs
+from glsim.train_utils.yaml_config import ELSEWHERE, WITHOUT_EFFECT, read_config, read_configs
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -124,3 +126,6 @@ def test_check_value_names_the_source() -> None:
         UserError, match=r"^x\.pth: image_size: '224' is of the wrong type or no choice: expected an int"
     ):
         check_value("x.pth", "image_size", "224", Recipe)
+    assert check_value("model.json", "predict", ["a.png"], Options) == ["a.png"]
+    with pytest.raises(UserError, match=r"^model\.json: predict: 1 is .* expected a list of texts or null"):
+        check_value("model.json", "predict", 1, Options)

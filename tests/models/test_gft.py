@@ -129,6 +129,24 @@ def test_attention_alone_equals_the_released_class():
     assert_equal(gala.ema, ALONE["train_call3_batch1_ema"])
 
 
+def test_scores_that_are_not_finite_do_not_stay_in_the_average():
+    """One bad image would spoil its place in every later batch."""
+    gala, twin = (HierarchicalAttention(48, num_heads=3).train() for _ in range(2))
+    twin.load_state_dict(gala.state_dict())
+    scores = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
+    for step, bad in ((0, 2), (2, 1)):
+        for gone, batch in enumerate(scores):
+            spoiled = batch.clone()
+            if gone == step:
+                spoiled[bad, 7] = float("nan")
+            gala._average(spoiled)
+            twin._average(batch)
+        assert gala.ema.isfinite().all()
+        kept = [row for row in range(3) if row != bad]
+        assert torch.equal(gala.ema[kept], twin.ema[kept])
+        gala.ema = twin.ema = None
+
+
 # A direct formulation of both sides: materialised N x N scores, loops over images, heads and tokens.
 
 

@@ -14,8 +14,8 @@ if __name__ == "__main__":  # as the scripts start it, inside glsim/: the module
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import numpy as np
-from PIL import Image
 
+from common.data.images import BadImage, image_size
 from common.errors import UserError
 from glsim.data_utils.annotations import PUBLISHED
 from glsim.data_utils.datasets import read
@@ -41,10 +41,10 @@ def describe(name: str, root: Path) -> str:
 def height_width(file: Path) -> tuple[int, int]:
     """As the file's header says them, in pixels; nothing is decoded."""
     try:
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is not readable as an image ({error}); replace it") from error
+        width, height = image_size(file)
+    except BadImage as error:  # this program skips none
+        raise UserError(f"{str(error).partition(';')[0]}; replace it") from error
+    return height, width
 
 
 if __name__ == "__main__":

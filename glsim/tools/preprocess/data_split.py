@@ -42,7 +42,8 @@ def split(options: argparse.Namespace) -> None:
 
 def _csv(options: argparse.Namespace, name: str) -> Path:
     """The file of a name that has its .csv or has not."""
-    return options.dataset_root_path / f"{name.removesuffix('.csv')}.csv"
+    folder: Path = options.dataset_root_path
+    return folder / f"{name.removesuffix('.csv')}.csv"
 
 
 if __name__ == "__main__":
