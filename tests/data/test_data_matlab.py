@@ -144,6 +144,16 @@ def test_what_is_refused(case: str) -> None:
         read_matlab(content, ["x"])
 
 
+@pytest.mark.parametrize("data_type", [8, 14, 99, 2000])
+@pytest.mark.parametrize(("kind", "reason"), [(DOUBLE, "no numbers but"), (CHAR, "no text but")])
+def test_data_types_that_there_are_not(kind: int, reason: str, data_type: int) -> None:
+    """`scipy.io.loadmat` (1.17.1) ends the interpreter by a segmentation fault on each of these 200 bytes."""
+    content = variable(kind, (1, 1), element(data_type, bytes(8)))
+    for case in (content, compressed(content)):
+        with pytest.raises(ValueError, match=f"{reason} the data type {data_type}$"):
+            read_matlab(case, ["x"])
+
+
 def test_a_variable_that_nobody_asks_for_is_not_unpacked() -> None:
     content = REFUSED["a bomb"][0] + saved({"y": [1, 2]})[128:]
     assert read_matlab(content, ["y"]) == {"y": [1, 2]}

@@ -35,7 +35,7 @@ from common.recipe import parse
 from common.records import read_record, write_record
 from common.results import row_line
 from common.run import _check_numbers
-from common.train import Training
+from common.train import DRAWS, Training
 from common.weights import load_checkpoint, load_weights, read_state_dict
 from faults.cases import COMMON, FFVT, GFT, GLSIM, Case
 from faults.fuzz import Mutator, Target, cases_of, run_files
@@ -256,6 +256,7 @@ def state_seeds(folder: Path) -> list[bytes]:
     trainer.optimizer.step()
     state = trainer.state_dict() | {"step": 3, "history": history, "best": history[0], "wall_seconds": 3.5}
     state |= {"processes": 1, "batch_size": 4, "epoch_sums": sums, "trained_images": 8, "trained_seconds": 1.5}
+    state |= {"draws": DRAWS}
     return [_bytes(state), _bytes(state | {"history": [], "best": None, "epoch_sums": {}})]
 
 
