@@ -146,6 +146,8 @@ class Trainer:
         self.step, self.skipped, self.window = state["step"], state["skipped"], list(state["window"])
         transient = state["transient"][dist.rank()] if dist.rank() < len(state["transient"]) else {}
         if transient:
+            if not all(isinstance(value, Tensor) for value in transient.values()):
+                raise TypeError("its training state holds something else than tensors")
             values = {name: value.to(self.device) for name, value in transient.items()}
             self.model.load_training_state(values)  # type: ignore[operator]
 

@@ -211,6 +211,12 @@ def test_resume_is_exact(pictures: Images, stop: int) -> None:
     assert rest[1:] == reports[stop + 1 :]
 
 
+def test_a_training_state_holds_tensors_alone(pictures: Images) -> None:
+    trainer = make_trainer(pictures, 1)
+    with pytest.raises(TypeError, match="something else than tensors"):
+        trainer.load_state_dict(trainer.state_dict() | {"transient": [{"ema": {}}]})
+
+
 def rates(trainer: Trainer) -> list[float]:
     """Of each update, as it was applied."""
     return [trainer.rate for _ in trainer.run()]

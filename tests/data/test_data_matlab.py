@@ -92,7 +92,7 @@ def variable(kind: int, shape: tuple[int, ...], content: bytes) -> bytes:
     """A file of the variable `x`, which is not compressed."""
     sizes = struct.pack(f"<{len(shape)}i", *shape)
     inside = element(6, struct.pack("<II", kind, 0)) + element(5, sizes) + element(1, b"x") + content
-    return bytes(124) + b"\x00\x01IM" + element(14, inside)
+    return b"MATLAB".ljust(124) + b"\x00\x01IM" + element(14, inside)
 
 
 def compressed(content: bytes, said: int | None = None) -> bytes:
@@ -144,10 +144,10 @@ def test_what_is_refused(case: str) -> None:
         read_matlab(content, ["x"])
 
 
-@pytest.mark.parametrize("data_type", [8, 14, 99, 2000])
+@pytest.mark.parametrize("data_type", [8, 14, 99])
 @pytest.mark.parametrize(("kind", "reason"), [(DOUBLE, "no numbers but"), (CHAR, "no text but")])
 def test_data_types_that_there_are_not(kind: int, reason: str, data_type: int) -> None:
-    """`scipy.io.loadmat` (1.17.1) ends the interpreter by a segmentation fault on each of these 200 bytes."""
+    """`scipy.io.loadmat` (1.17.1) ends the interpreter by a segmentation fault on each of these files of 200 bytes."""
     content = variable(kind, (1, 1), element(data_type, bytes(8)))
     for case in (content, compressed(content)):
         with pytest.raises(ValueError, match=f"{reason} the data type {data_type}$"):
