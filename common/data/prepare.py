@@ -72,9 +72,11 @@ def prepare(name: str, root: str | Path, download: bool = True) -> None:
         return
     if not download:
         raise problem
-    fetched = [_fetch(archive) for archive in _archives(tree)]
-    # What was there before and is wrong is the user's to remove: nothing of it is overwritten.
-    problem = _problem(tree) if any(fetched) else problem
+    for archive in _archives(tree):
+        _fetch(archive)
+    # What was there before and is wrong is the user's to remove: nothing of it is overwritten. What was missing may
+    # have been fetched by another process meanwhile.
+    problem = _problem(tree)
     if problem is not None:
         raise problem
 
@@ -108,10 +110,10 @@ def _archives(tree: Tree) -> list[_Archive]:
     return [_Archive(source._URL, getattr(source, "_MD5", None), folder, tree.path)]
 
 
-def _fetch(archive: _Archive) -> bool:
-    """Downloads and unpacks what is missing; returns whether anything was, here or by a process that was waited for."""
+def _fetch(archive: _Archive) -> None:
+    """Downloads and unpacks what is missing, or waits for the process that does."""
     if not archive.missing:
-        return False
+        return
     file = archive.target.parent / archive.url.rpartition("/")[2]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,4 +128,3 @@ def _fetch(archive: _Archive) -> bool:
         raise UserError(
             f"{archive.target} cannot be written ({error.strerror}); make room or name another folder with --data-root."
         ) from error
-    return True
