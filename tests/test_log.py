@@ -159,11 +159,15 @@ def test_a_disk_that_is_full_when_tensorboard_writes_is_one_sentence(
     before = threading.excepthook
     log = Log(tmp_path, 0, False, {}, Closed())
     monkeypatch.setattr(RecordWriter, "write", fail)
-    with pytest.raises(UserError, match=r"tensorboard/ .* cannot be written \(No space left on device\)"):
+
+    def train() -> None:
         try:
             log.write("train", 1, loss=1.0)  # its second event says so already where that thread was quick
         finally:
             log.close()
+
+    with pytest.raises(UserError, match=r"tensorboard/ .* cannot be written \(No space left on device\)"):
+        train()
     assert closed == [True]
     assert threading.excepthook is before
     assert capfd.readouterr().err == ""

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import ROOT, Outcome, run_script
+from scripts import ROOT, TRACED, Outcome, finish, run_script
 
 SMALL = ("--demo", "--limit", "72", "--epochs", "2", "--batch-size", "16", "--workers", "0", "--log-every", "1")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | TRACED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
 def start(*words: str | Path, cwd: Path = ROOT) -> "subprocess.Popen[str]":
@@ -32,11 +32,6 @@ def start(*words: str | Path, cwd: Path = ROOT) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> Outcome:
-    out, err = process.communicate(timeout=seconds)
-    return Outcome(process.returncode, out, err)
 
 
 def one_line(err: str) -> str:

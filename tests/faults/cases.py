@@ -28,3 +28,8 @@ class Case:
     @property
     def title(self) -> str:
         return f"{self.fault} | {self.entry} | {self.name}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names it among all cases; `check` is another object in another process."""
+        return self.section, self.promise, self.fault, self.entry, self.name

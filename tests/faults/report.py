@@ -1,8 +1,15 @@
 """The table of `make faults`, and the page docs/reliability.md that it becomes."""
 
+import shutil
+import tempfile
+import time
+import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from common.provenance import versions
 from faults.cases import ENTRIES, Case
 
 HEAD = """# Reliability: what was broken on purpose, and what held
@@ -14,12 +21,28 @@ that the fault does not concern that entry point. A failing case fails the comma
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: trials made, and the traceback where the promise was not kept."""
+    """What came of a case: trials made, and the traceback where the promise was not kept; when, and of which code."""
 
     case: Case
     trials: int
     failure: str
     seconds: float
+    date: str  # YYYY-MM-DD
+    code: str
+
+
+def attempt(case: Case) -> Outcome:
+    """Runs `case` in a folder of its own, which is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="fault-"))
+    started = time.perf_counter()
+    try:
+        trials, failure = case.check(folder), ""
+    except Exception:  # whatever a case trips over is its failure, and is shown
+        trials, failure = 1, traceback.format_exc()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.perf_counter() - started
+    return Outcome(case, trials, failure, seconds, time.strftime("%Y-%m-%d"), versions()["code"])
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -50,5 +73,12 @@ def _cell(outcomes: Sequence[Outcome]) -> str:
 
 def page(outcomes: Sequence[Outcome], run: dict[str, str], about: Sequence[str]) -> str:
     """The whole page: what it is, when and where it was made, the table, what the families say of theirs."""
-    made = "\n".join(f"| {name} | {value} |" for name, value in run.items())
+    dates = sorted({outcome.date for outcome in outcomes})
+    codes = Counter(outcome.code for outcome in outcomes)
+    first = {
+        "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "code": ", ".join(f"{code} ({count} cases)" for code, count in codes.items()),
+        "minutes": f"{sum(outcome.seconds for outcome in outcomes) / 60:.0f}, all cases together",
+    }
+    made = "\n".join(f"| {name} | {value} |" for name, value in (first | run).items())
     return "\n".join([HEAD, "| run | |", "|---|---|", made, "", table(outcomes), *about])

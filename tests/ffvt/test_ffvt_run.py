@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import ROOT, Outcome, run_script
+from scripts import ROOT, Outcome, run_program, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DistributedSampler
 
@@ -171,9 +171,7 @@ def inside_ffvt(demo_output: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def launch(words: list[str], cwd: Path) -> Outcome:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *words[1:]]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return run_program([sys.executable, *words[1:]], cwd, environment)
 
 
 @pytest.mark.parametrize("which", COMMANDS)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from formula import fill
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import ROOT, Outcome, run_script
+from scripts import ROOT, Outcome, run_program, run_script
 
 from common.engine import logits_of
 from common.errors import UserError
@@ -489,9 +488,8 @@ def test_two_processes_train_and_evaluate_as_one(demo_output: Path, home: Path) 
     assert alone.status == 0, alone.err
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program += [str(HOME / "tools" / "train.py"), *words, "--batch_size", "8", "--results_dir", "two"]
-    done = subprocess.run(program, cwd=home, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    together = Outcome(done.returncode, done.stdout, done.stderr)
+    together = run_program(program, home)
+    assert together.status == 0, together.err
 
     def losses(outcome: Outcome) -> list[float]:
         lines = [json.loads(line) for line in (outcome.folder / "log.jsonl").read_text().splitlines()]
@@ -515,9 +513,9 @@ def inside_glsim(home: Path) -> Path:
 def test_the_printed_training_commands(more: str, demo_output: Path, inside_glsim: Path) -> None:
     words = shlex.split(TRAIN + more)[1:]
     words += ["--epochs", "1", "--demo", "--limit", "16", "--output", str(demo_output)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    record = Outcome(0, done.stdout, "").record
+    done = run_program([sys.executable, *words], inside_glsim)
+    assert done.status == 0, done.err
+    record = done.record
     assert record["recipe"]["image_size"] == (448 if more else 16)
     assert (record["recipe"]["lr"], record["recipe"]["ls"], record["recipe"]["dynamic_anchor"]) == (0.01, True, True)
 
