@@ -31,7 +31,7 @@ faults: .venv/.tested
 
 # The tests again, counting lines and branches, those run by programs that the tests start too; each part must reach 90 %.
 coverage: .venv/.tested
-	$(BIN)/python -m pytest -n 2 --cov --cov-report= --cov-fail-under=0
+	$(BIN)/python -m pytest -n 2 --timeout 1200 --cov --cov-report= --cov-fail-under=0
 	for part in common ffvt glsim/model_utils; do $(BIN)/coverage report --include="$$part/*" || exit 1; done
 
 lint: .venv/.tested

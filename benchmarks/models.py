@@ -1,13 +1,14 @@
 """Cost of a training step and of evaluation, beside a plain ViT-B/16 in the same run.
 
-    python -m benchmarks.models                                     CPU, fp32, 224 px
-    python -m benchmarks.models --only FFVT --sizes 224,448         one model, two image sizes
+    python -m benchmarks.models                                       CPU, fp32, 224 px
+    python -m benchmarks.models --only FFVT,overlapping --sizes 448   some models, another image size
     python -m benchmarks.models --device cuda --precision bf16 --batch-size 32 --compile --json out.json
 
-Each model stands beside its floor, which is a plain timm ViT of the same tokens, dropout and optimizer (its own
-backbone, run as timm runs it), and beside its direct formulation (benchmarks.direct): the published equations with
-nothing spared. All of a size take turns, so that a slower minute of the machine meets all of them; the median of the
-turns counts. Only ratios inside one run mean anything. A step is forward, backward and optimizer (SGD with momentum).
+Each model stands below its floor, which is a plain timm ViT of the same tokens, dropout and optimizer (its own
+backbone, run as timm runs it), and above its direct formulation (benchmarks.direct): the published equations with
+nothing spared. A floor and the models that stand on it take turns, so that a slower minute of the machine meets all of
+them; the median of the turns counts. Only ratios inside one such group mean anything. A step is forward, backward and
+optimizer (SGD with momentum).
 
 GB is the peak of the step: parameters, optimizer state, and what the step takes on top. `peak %` is the share of the
 device's matrix product, measured in the same run, that the model's own floating-point operations use; the direct
@@ -21,8 +22,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,8 +61,8 @@ class Recipe:
     batch_size: int = 4  # images a step
     num_classes: int = 200  # of the classifier
     rounds: int = 3  # timed turns of each, after one that is not
-    only: str = ""  # models whose name contains this text
-    direct: bool = True  # measure the direct formulations too
+    only: str = ""  # models whose name contains this text, or one of several: FFVT,GLSim
+    direct_rounds: int = 1  # timed turns of each direct formulation
 
 
 @dataclass
@@ -96,22 +98,30 @@ def _glsim_timm(size: int, classes: int) -> nn.Module:
     return GLSimTimm(f"gls{BACKBONE}", image_size=size, num_classes=classes, **CROPPING)
 
 
+def _ffvt(size: int, classes: int) -> nn.Module:
+    return FFVT(CONFIGS["ViT-B_16"], size, classes)
+
+
+def _ffvt_floor(size: int, classes: int) -> nn.Module:
+    return FFVT(CONFIGS["ViT-B_16"], size, classes, feature_fusion=False).base_model
+
+
 def _transfg(size: int, classes: int) -> nn.Module:
     return OfficialTransFG(TRANSFG_CONFIGS["ViT-B_16"], size, classes)
+
+
+def _transfg_floor(size: int, classes: int) -> nn.Module:
+    return OfficialTransFG(TRANSFG_CONFIGS["ViT-B_16"], size, classes).base_model
 
 
 RIVALS = (
     Rival("GFT described", lambda size, classes: GFT(BACKBONE, classes, size), _plain),
     Rival("GFT released", lambda size, classes: GFT(BACKBONE, classes, size, released=True), _plain),
     Rival("TransFG (GFT repository)", lambda size, classes: TransFG(BACKBONE, classes, size), _plain),
-    Rival(
-        "FFVT",
-        lambda size, classes: FFVT(CONFIGS["ViT-B_16"], size, classes),
-        lambda size, classes: FFVT(CONFIGS["ViT-B_16"], size, classes, feature_fusion=False).base_model,
-    ),
+    Rival("FFVT", _ffvt, _ffvt_floor),
     Rival("GLSim", _glsim, _glsim_floor),
     Rival("GLSimTimm", _glsim_timm, _plain),
-    Rival("TransFG, overlapping", _transfg, lambda size, classes: _transfg(size, classes).base_model),
+    Rival("TransFG, overlapping", _transfg, _transfg_floor),
 )
 
 
@@ -256,68 +266,75 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     return 2 * side**3 / best
 
 
-def measure(rivals: list[Rival], setting: Setting, recipe: Recipe, compiled: bool, peak: float) -> list[dict[str, Any]]:
-    """One line a model: its figures, those of its floor and of its direct formulation, and what they cost of it."""
-    floors: dict[Any, tuple[Contender, dict[str, int]]] = {}
-    lines: list[tuple[str, Contender, dict[str, int], Contender, dict[str, int], Contender | None]] = []
-    for one in rivals:
-        if one.floor not in floors:
-            model = one.floor(setting.size, setting.classes).to(setting.device)
-            counted = operations_of(model, setting)
-            floors[one.floor] = Contender(model, _callable(model, compiled), setting), counted
-        model = one.build(setting.size, setting.classes).to(setting.device)
+def measure(rivals: Sequence[Rival], setting: Setting, recipe: Recipe, compiled: bool, peak: float) -> dict[str, Any]:
+    """Figures of the floor that all `rivals` share, of each of them, and of their direct formulations."""
+
+    def contender(build: Callable[[int, int], nn.Module]) -> tuple[Contender, dict[str, int]]:
+        model = build(setting.size, setting.classes).to(setting.device)
         counted = operations_of(model, setting)
-        ours, direct = Contender(model, _callable(model, compiled), setting), None
-        formulation = DIRECT.get(type(model))
-        if formulation is not None and recipe.direct:
-            direct = Contender(model, lambda images, f=formulation, m=model: f(m, images), setting)
-            direct.optimizer = ours.optimizer  # of the same parameters
-        lines.append((one.name, ours, counted, *floors[one.floor], direct))
-    contenders = [floor for floor, _ in floors.values()]
-    contenders += [one for _, ours, _, _, _, direct in lines for one in (ours, direct) if one is not None]
+        return Contender(model, torch.compile(model) if compiled else model, setting), counted
+
+    floor, base = contender(rivals[0].floor)
+    ours = [contender(rival.build) for rival in rivals]
+    direct = [_direct(one, setting) if recipe.direct_rounds else None for one, _ in ours]
     for number in range(recipe.rounds + 1):
-        for contender in contenders:
-            contender.turn(timed=number > 0)
-    return [
+        for one in (floor, *(one for one, _ in ours)):
+            one.turn(timed=number > 0)
+        for formulation in filter(None, direct):
+            if number <= recipe.direct_rounds:
+                formulation.turn(timed=number > 0)
+    models = [
         {
-            "name": name,
-            "size": setting.size,
-            "batch_size": setting.batch_size,
-            "ours": ours.figures(counted, peak),
-            "floor": floor.figures(base, peak),
-            "direct": direct and direct.figures(counted, peak),
+            "name": rival.name,
+            "ours": one.figures(counted, peak),
+            "direct": formulation and formulation.figures(counted, peak),
         }
-        for name, ours, counted, floor, base, direct in lines
+        for rival, (one, counted), formulation in zip(rivals, ours, direct, strict=True)
     ]
+    return {
+        "size": setting.size,
+        "batch_size": setting.batch_size,
+        "floor": floor.figures(base, peak),
+        "models": models,
+    }
 
 
-def _callable(model: nn.Module, compiled: bool) -> Callable[[Tensor], Any]:
-    return torch.compile(model) if compiled else model
+def _direct(one: Contender, setting: Setting) -> Contender | None:
+    formulation = DIRECT.get(type(one.model))
+    if formulation is None:
+        return None
+    direct = Contender(one.model, partial(formulation, one.model), setting)
+    direct.optimizer = one.optimizer  # of the same parameters
+    return direct
 
 
-def show(line: dict[str, Any]) -> str:
-    """Three rows of the table: the floor, the model, its direct formulation, each with its ratios to the floor."""
-    rows = []
-    for who, title in (("floor", "  plain ViT"), ("ours", line["name"]), ("direct", "  direct formulation")):
-        if line[who] is None:
-            continue
-        cells = ""
-        for kind in ("train", "eval"):
-            found, base = line[who][kind], line["floor"][kind]
-            ratio = found["seconds"] / base["seconds"]
-            cells += f"{found['seconds']:9.3f}{ratio:7.2f}{found['images_per_s']:8.1f}"
-            if found["bytes"] is None:
-                cells += f"{'-':>7}{'-':>7}"
-            else:
-                cells += f"{found['bytes'] / 2**30:7.2f}{found['bytes'] / base['bytes']:7.2f}"
-            cells += f"{found['peak_share']:7.0%}"
-        rows.append(f"{title:26}{cells}")
+def show(group: dict[str, Any]) -> str:
+    """Rows of the table: the floor, and with their ratios to it each model and its direct formulation."""
+    rows = [_row("plain ViT", group["floor"], group["floor"])]
+    for model in group["models"]:
+        rows.append(_row(f"  {model['name']}", model["ours"], group["floor"]))
+        if model["direct"] is not None:
+            rows.append(_row("    direct formulation", model["direct"], group["floor"]))
     return "\n".join(rows)
+
+
+def _row(title: str, figures: dict[str, Any], floor: dict[str, Any]) -> str:
+    cells = f"{title:28}"
+    for kind in ("train", "eval"):
+        found, base = figures[kind], floor[kind]
+        cells += f"{found['seconds']:9.3f}{found['seconds'] / base['seconds']:7.2f}{found['images_per_s']:8.1f}"
+        if found["bytes"] is None:
+            cells += f"{'-':>7}{'-':>7}"
+        else:
+            cells += f"{found['bytes'] / 2**30:7.2f}{found['bytes'] / base['bytes']:7.2f}"
+        cells += f"{found['peak_share']:7.0%}"
+    return cells
 
 
 def main() -> None:
     recipe, options, *_ = parse(Recipe, Options, __doc__ or "")
-    rivals = [rival for rival in RIVALS if recipe.only in rival.name]
+    words = recipe.only.split(",")
+    rivals = [rival for rival in RIVALS if any(word in rival.name for word in words)]
     if not rivals:
         raise SystemExit(f"--only {recipe.only}: expected a part of {', '.join(rival.name for rival in RIVALS)}")
     try:
@@ -329,17 +346,20 @@ def main() -> None:
     peak = matmul_peak(device, options.precision)
     how = "compiled" if options.compile else "eager"
     print(f"{device_name(device)}, {options.precision}, {how}, matrix product {peak / 1e9:,.0f} GFLOP/s")
-    lines = []
+    groups = []
     for size in map(int, recipe.sizes.split(",")):
-        found = measure(rivals, Setting(size, recipe, device, precision), recipe, options.compile, peak)
+        setting = Setting(size, recipe, device, precision)
         head = f"{'train s':>9}{'ratio':>7}{'img/s':>8}{'GB':>7}{'ratio':>7}{'peak %':>7}"
-        print(f"\n{f'{size} px, batch {recipe.batch_size}':26}{head}{head.replace('train', ' eval')}")
-        print("\n".join(show(line) for line in found), flush=True)
-        lines += found
+        print(f"\n{f'{size} px, batch {recipe.batch_size}':28}{head}{head.replace('train', ' eval')}", flush=True)
+        for floor in dict.fromkeys(rival.floor for rival in rivals):
+            standing = [rival for rival in rivals if rival.floor == floor]
+            groups.append(measure(standing, setting, recipe, options.compile, peak))
+            print(show(groups[-1]), flush=True)
     if options.json:
         about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
         about |= {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "matmul_flops": peak}
-        write_text(Path(options.json), json.dumps({"about": about, "lines": lines}, indent=1))
+        about |= {"threads": torch.get_num_threads(), "rounds": recipe.rounds}
+        write_text(Path(options.json), json.dumps({"about": about, "groups": groups}, indent=1))
 
 
 if __name__ == "__main__":

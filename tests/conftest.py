@@ -13,6 +13,13 @@ import torch
 
 torch.set_num_threads(1)
 
+LONG = ("test_run.py", "test_ffvt_run.py", "test_faults.py", "test_scripts.py", "test_glsim_run.py", "test_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: handed out last, one of them would be what all processes but one wait for."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -27,6 +34,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file, _, test = nodeid.partition("::")
             return test.split(" | ")[0] if file.endswith("faults/test_faults.py") else file
 
+    config.option.loadscopereorder = False  # the order of the items, not the files with the most tests first
     return Grouped(config, log)
 
 

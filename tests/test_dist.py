@@ -318,9 +318,11 @@ def store_of_launcher() -> tuple[torch.distributed.TCPStore, dict[str, str]]:
 def test_words_of_processes_that_ended_are_not_taken_for_those_of_this_start(tmp_path: Path) -> None:
     """Two ended before they had heard a name, one after; all are still to write when rank 0 has read what they left."""
     program = """
+        import os
         launch = dist.detect()
-        if launch.rank > 0:
-            time.sleep(2)
+        store = torch.distributed.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+        while launch.rank > 0 and store.get("meeting/name/lost") == b"an earlier start":
+            time.sleep(0.05)
         dist.start(launch, torch.device("cpu"), timeout_s=60)
         print(dist.gather(launch.rank), flush=True)
         dist.stop()

@@ -90,13 +90,11 @@ def with_demo_data(demo_output: Path, folder: Path) -> Path:
     return folder / "runs"
 
 
-@pytest.mark.parametrize("step", [1, 3, 7])
-def test_killed_in_the_middle_of_an_epoch_and_resumed(
-    step: int, demo_output: Path, tmp_path: Path, whole: Outcome
-) -> None:
+def test_killed_in_the_middle_of_an_epoch_and_resumed(demo_output: Path, tmp_path: Path, whole: Outcome) -> None:
+    """By a bare --resume, which goes on with the newest run; kills at many moments are fault cases."""
     output = with_demo_data(demo_output, tmp_path)
     process = start("gft_food101.py", *SMALL, "--output", output, "--save-every", 2)
-    folder = wait_for_step(output, step, process)
+    folder = wait_for_step(output, 3, process)
     process.kill()
     process.communicate(timeout=30)
     assert not (folder / "record.json").exists()
@@ -106,18 +104,16 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
     assert_same_run(folder, whole.folder)
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGUSR1", 0)])
-def test_asked_to_stop(name: str, status: int, demo_output: Path, tmp_path: Path, whole: Outcome) -> None:
+def test_asked_to_stop_by_slurm(demo_output: Path, tmp_path: Path, whole: Outcome) -> None:
     """Saves and says how to go on; the command that it says does go on. Data workers do not get in the way."""
     output = with_demo_data(demo_output, tmp_path)
     words = [word for word in SMALL if word not in ("--workers", "0")]
     process = start("gft_food101.py", *words, "--output", output, "--workers", 1)
     folder = wait_for_step(output, 2, process)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGUSR1)
     outcome = finish(process)
-    assert (outcome.status, outcome.err) == (status, "")
-    (sentence,) = [line for line in outcome.out.splitlines() if line.startswith("stopped by")]
-    assert name in sentence
+    assert (outcome.status, outcome.err) == (0, "")
+    (sentence,) = [line for line in outcome.out.splitlines() if line.startswith("stopped by SIGUSR1")]
     command = shlex.split(sentence.partition("continue with: ")[2])
     assert command[:2] == ["python", "gft_food101.py"]
     resumed = finish(start(*command[1:], "--log-every", 1))
