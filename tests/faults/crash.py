@@ -12,7 +12,8 @@ from faults.crash_runs import PROGRAMS, Kill, reference, survive
 
 SECTION = "Killed and stopped"
 SIGNALS = {"SIGKILL": 20, "SIGTERM": 20, "SIGINT": 20, "SIGUSR1": 5}  # moments in each of COMPUTING
-SAVES = 9  # moments in each of SAVING: GLSim writes so many files, the others write some of theirs more often
+# Moments in each of SAVING: GLSim writes nine files, and all programs some of theirs more often.
+SAVES = {"SIGKILL": 10, "SIGTERM": 4, "SIGINT": 4, "SIGUSR1": 2}
 PAIRS = 20  # of two kills, the second in the resumed run
 AFTERWARDS = {
     "SIGKILL": "resumed bit-identical",
@@ -52,7 +53,7 @@ def _of(place: int, entry: str) -> Iterator[Case]:
             quick = signal == "SIGKILL" and (entry == GFT or part in SAVING[1::3])
             check = partial(in_saving, entry, signal, part)
             promise = f"files whole, {AFTERWARDS[signal]}"
-            yield from _split(f"{signal} in a save, {part}", entry, promise, SAVES, check, quick)
+            yield from _split(f"{signal} in a save, {part}", entry, promise, SAVES[signal], check, quick)
     promise = f"no worker is left, {AFTERWARDS['SIGKILL']}"
     yield from _split("any of these with a data worker", entry, promise, 6, partial(with_worker, entry), entry == GLSIM)
     promise = "files whole, resumed bit-identical"
@@ -72,15 +73,17 @@ def in_computing(entry: str, signal: str, phase: str, which: Iterable[int], fold
 
 
 def in_saving(entry: str, signal: str, part: str, which: Iterable[int], folder: Path) -> int:
-    """Each file once, then some of those that are written more often."""
+    """SIGKILL meets each file once, then some of those that are written more often; the others some of all."""
     counts, draw = reference(entry).counts, random.Random(f"{entry} {signal} {part}")
     phases = sorted(phase for phase in counts if phase.endswith(f": {part}"))
-    if signal != "SIGKILL":  # nothing is there to be saved yet: such a signal ends the program, as it ends any other
-        phases.remove(f"model.json: {part}")
-    first = [f"{Path(name).name}: {part}" for name in (*PROGRAMS[entry].published, "last.pt")]
-    phases = [*first, *(phase for phase in phases if phase not in first)]
-    more = [phase for phase in phases if counts[phase] > 1]
-    chosen = phases + [draw.choice(more) for _ in range(SAVES - len(phases))]
+    if signal == "SIGKILL":
+        first = [f"{Path(name).name}: {part}" for name in (*PROGRAMS[entry].published, "last.pt")]
+        more = [phase for phase in phases if counts[phase] > 1]
+        chosen = [*first, *(phase for phase in phases if phase not in first)]
+        chosen += [draw.choice(more) for _ in range(SAVES[signal] - len(chosen))]
+    else:
+        phases.remove(f"model.json: {part}")  # nothing is there to be saved yet: they end this program as any other
+        chosen = draw.sample(phases, SAVES[signal])
     kills = [Kill(signal, phase, draw.randint(1, counts[phase])) for phase in chosen]
     return _survive_each(entry, [[kills[trial]] for trial in which], folder)
 
