@@ -187,6 +187,7 @@ class Training:
         self._save()
         if better:
             self._save_best()
+        self.stop.check()  # asked behind the last batch: not a step later
 
     def _tell(self, metrics: dict[str, Any], better: bool) -> None:
         """One line an evaluation: training since the last one, the selection split, speed, `*` where it is the best."""
