@@ -96,29 +96,42 @@ def open_plain(path: str | Path) -> BinaryIO:
 
 
 def keep_earlier(path: Path) -> Path | None:
-    """Gives a file that stands at `path` a number (name.1.bin), for another to take its place; returns where it is."""
-    if not path.exists():
-        return None
+    """Gives a file at `path`, whose name another is to take, a number (name.1.bin) too; returns where it is kept.
+
+    Until the other is there it has both names. So it is at any time under one of them, and called again, after a kill
+    or by another run, this finds the name that it has got.
+    """
     number = 1
     try:
-        while True:
+        while path.exists():
             kept = path.with_suffix(f".{number}{path.suffix}")
             try:
-                kept.open("xb").close()  # another run may be looking for a name as well
-                break
+                _give_name(path, kept)
+                return kept
             except FileExistsError:
+                if kept.samefile(path):
+                    return kept
                 number += 1
-        try:
-            path.replace(kept)
-        except FileNotFoundError:  # that run was first
-            kept.unlink()
-            return None
+    except FileNotFoundError:  # another run, where files have one name, was first
+        pass
     except OSError as error:
         raise UserError(
             f"{path} is there and cannot be renamed to {kept.name} ({error.strerror}): move it, or let its folder be "
             "written"
         ) from error
-    return kept
+    return None
+
+
+def _give_name(path: Path, other: Path) -> None:
+    """FileExistsError where there is such a file."""
+    try:
+        os.link(path, other)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if other.exists():  # a file system where files have one name alone
+            raise FileExistsError from error
+        path.rename(other)
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:

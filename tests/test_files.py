@@ -1,6 +1,7 @@
 """common.files and common.checkpoint: what stands on the disk after each failure, and what is never unpickled."""
 
 import builtins
+import errno
 import multiprocessing
 import os
 import pickle
@@ -215,31 +216,50 @@ def test_a_folder_that_cannot_be_synced_is_no_fault(tmp_path: Path, monkeypatch:
 # Names and locks
 
 
-def test_processes_that_move_the_same_file_aside_lose_none(tmp_path: Path) -> None:
-    """8 at once, 50 times each: every file that was moved is there, under a number of its own."""
+def test_an_earlier_file_is_kept_once_however_many_ask(tmp_path: Path) -> None:
+    """8 processes at once, 50 files one after the other: each is kept under one number, and all are told which."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_move_aside, args=(tmp_path, number)) for number in range(8)]
+    together = context.Barrier(8)
+    processes = [context.Process(target=_keep, args=(tmp_path, number, together)) for number in range(8)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 8
-    kept = sorted(path.read_text() for path in tmp_path.iterdir())
-    assert kept == sorted(f"{number} {time}" for number in range(8) for time in range(50))
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {"a.bin": "50"} | {f"a.{turn + 1}.bin": str(turn) for turn in range(50)}
 
 
-def _move_aside(folder: Path, number: int) -> None:
-    for turn in range(50):
-        own = folder / f"{number}.bin"
-        own.write_text(f"{number} {turn}")
-        while True:  # the name that all of them want
-            try:
-                os.link(own, folder / "a.bin")
-                break
-            except FileExistsError:
-                keep_earlier(folder / "a.bin")
-        own.unlink()
-    keep_earlier(folder / "a.bin")
+def _keep(folder: Path, number: int, together: Any) -> None:
+    path = folder / "a.bin"
+    for turn in range(51):
+        if number == 0:
+            write_text(path, str(turn))
+        together.wait(30)
+        if turn < 50:
+            assert keep_earlier(path) == folder / f"a.{turn + 1}.bin"
+        together.wait(30)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EACCES])
+def test_an_earlier_file_is_kept_where_files_have_one_name(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    assert keep_earlier(tmp_path / "a.bin") is None
+    (tmp_path / "a.bin").write_text("second")
+    (tmp_path / "a.1.bin").write_text("first")
+    monkeypatch.setattr(os, "link", refuse)
+    if code == errno.EACCES:
+        with pytest.raises(
+            UserError, match=r"a\.bin is there and cannot be renamed to a\.1\.bin \(Permission denied\)"
+        ):
+            keep_earlier(tmp_path / "a.bin")
+        return
+    assert keep_earlier(tmp_path / "a.bin") == tmp_path / "a.2.bin"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.1.bin": "first", "a.2.bin": "second"}
 
 
 def test_one_at_a_time_goes_through_the_block(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

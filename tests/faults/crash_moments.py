@@ -105,7 +105,7 @@ class _Saves:
         self.pass_by(f"{self.name}: {SAVING[number]}")
 
     def watch(self) -> None:
-        sync, rename, sync_folder = os.fsync, os.replace, common.files._sync_folder
+        sync, rename, link, sync_folder = os.fsync, os.replace, os.link, common.files._sync_folder
 
         def synced(handle: int) -> None:
             if self.name:
@@ -116,6 +116,11 @@ class _Saves:
             self.part(3)
             rename(source, target)
 
+        def linked(source: Any, target: Any) -> None:
+            self.pass_by(f"earlier file: {SAVING[3]}")
+            link(source, target)
+            self.pass_by(f"earlier file: {SAVING[4]}")
+
         def synced_folder(folder: Path) -> None:
             self.part(4)
             self.name = ""
@@ -123,7 +128,7 @@ class _Saves:
 
         common.files.open = self._opened  # type: ignore[attr-defined]
         common.files._sync_folder = synced_folder
-        os.fsync, os.replace = synced, renamed  # type: ignore[assignment]
+        os.fsync, os.replace, os.link = synced, renamed, linked  # type: ignore[assignment]
 
     def _opened(self, path: Path, mode: str = "r", **named: Any) -> Any:
         file = open(path, mode, **named)  # noqa: SIM115 - the caller's to close
