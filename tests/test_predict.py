@@ -179,7 +179,8 @@ def test_predictions_are_the_models(run_folder: Path, pictures: list[Path], batc
     build, _, _ = MODELS["resnet"]
     model = build()
     model.load_state_dict(predictor.model.state_dict())
-    ranked = predictor(pictures, 3, batch_size)
+    predictor.loading.eval_batch_size = batch_size
+    ranked = predictor(pictures, 3)
     assert len(ranked) == len(pictures)
     for path, guesses in zip(pictures, ranked, strict=True):
         with torch.no_grad(), Image.open(path) as image:
@@ -195,7 +196,7 @@ def test_an_image_whose_output_is_not_finite_is_named(run_folder: Path, pictures
     predictor = load_run(run_folder, CPU)
     predictor.transform = T.Compose([*TRANSFORMS["square"].transforms, Blinding(3)])
     with pytest.raises(UserError, match=f"{pictures[3].name}: the model's output is not finite"):
-        predictor(pictures, 3, batch_size=2)
+        predictor(pictures, 3)
 
 
 class Blinding:
