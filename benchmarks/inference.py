@@ -1,13 +1,13 @@
-"""How fast models answer: latency of one image at a time, images/s in batches, and what `--predict` makes of the latter.
+"""How fast models answer: latency of one image at a time, images/s in batches, and what `--predict` makes of these.
 
     python -m benchmarks.inference                                  CPU, fp32, 224 px; two minutes at most on two cores
     python -m benchmarks.inference --sizes 224,448 --only GLSim     one model (and the plain ViT), two image sizes
     python -m benchmarks.inference --device cuda --precision bf16 --batch-size 32 --json out.json
 
-The models are those of benchmarks.models, their weights random, and a plain timm ViT-B/16 = 1. All of a size take turns,
-a turn being some calls with one image and one with a batch, all of them images at hand; the first turn does not count.
-p50 and p95 are taken over all calls with one image, images/s over the median batch. `--predict` reads JPEG files of
-500 x 375 pixels; beside it, by turns, stands the same model on the same batches, already decoded and transformed.
+The models are those of benchmarks.models, their weights random, and a plain timm ViT-B/16, which is 1. All of a size
+take turns; a turn is some calls with one image and one with a batch, the images being at hand, and the first turn does
+not count. p50 and p95 are taken over all calls with one image, images/s over the median batch. `--predict` reads JPEG
+files of 500 x 375 pixels; beside it, by turns, stands the same model alone, on as many images at hand.
 """
 
 import json
