@@ -41,7 +41,7 @@ lint: .venv/.tested
 
 # Pins the newest releases, for every platform and Python from 3.10 on, with the hashes of all their files. Needs PyPI.
 lock: .venv/.tested
-	$(COMPILE) pyproject.toml --extra test --extra demo --extra maintain -o requirements-test.lock
+	$(COMPILE) pyproject.toml --extra test --extra demo --extra export --extra maintain -o requirements-test.lock
 	$(COMPILE) requirements.txt -c requirements-test.lock -o requirements.lock
 
 # Needs PyPI's vulnerability data: a package that cannot be looked up there is a failure, not a pass.
@@ -61,7 +61,7 @@ bench: .venv/.installed
 	touch $@
 
 .venv/.tested: .venv/.installed pyproject.toml requirements-test.lock
-	$(INSTALL) $(if $(LOCK),$(LOCKED) requirements-test.lock,-e '.[test,demo,maintain]')
+	$(INSTALL) $(if $(LOCK),$(LOCKED) requirements-test.lock,-e '.[test,demo,export,maintain]')
 	$(BIN)/python -m pip check
 	touch $@
 

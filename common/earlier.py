@@ -12,13 +12,13 @@ from common import dist
 from common.building import built_for
 from common.data import Data
 from common.errors import UserError
-from common.experiment import NEWEST, Experiment, Options, make_model
+from common.experiment import NEWEST, Experiment, Options, make_model, read_data
 from common.folders import newest, open_run, run_of_launch
 from common.log import say
-from common.predict import describe_model, describe_transform
+from common.predict import describe_model, describe_transform, restore_transform
 from common.recipe import check_value
 from common.session import Session
-from common.weights import file_of, load_checkpoint
+from common.weights import file_of, load_checkpoint, sha256_of
 
 # Options that a resumed run keeps: they are in its figures.
 KEPT = ("limit", "precision", "amp_backend", "accumulate", "deterministic")
@@ -116,6 +116,10 @@ class Checkpoint(NamedTuple):
     info: dict[str, Any] | None  # its `model.json`, if it is ours
     described: bool  # whether it says itself what model it is of
 
+    def weights(self) -> dict[str, Any]:
+        """What is said of them in what comes of them."""
+        return {"source": str(self.path), "sha256": sha256_of(file_of(self.path))}
+
 
 def find_checkpoint(experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]) -> Checkpoint:
     """The checkpoint that the options name, or that of the newest run."""
@@ -143,3 +147,27 @@ def trained_model(experiment: Experiment, checkpoint: Checkpoint, num_classes: i
     if any(key.endswith("ema_grad") for key in dropped) and not recipe.released:
         say(f"note: {path} was written by the released GFT code: add --released to compute what that code computes")
     return model
+
+
+def model_to_ask(experiment: Experiment, checkpoint: Checkpoint, options: Options) -> tuple[nn.Module, list[str], Any]:
+    """The model, its class names, and the transform of what it sees."""
+    path, recipe, info, _ = checkpoint
+    if info is None:  # a bare file says neither class names nor preprocessing: the data set and the script do
+        classes, transform = _classes_and_transform(experiment, recipe, options, path)
+    else:
+        classes, transform = info["classes"], restore_transform(info["preprocessing"])
+    return trained_model(experiment, checkpoint, len(classes)), classes, transform
+
+
+def _classes_and_transform(
+    experiment: Experiment, recipe: Any, options: Options, checkpoint: Path
+) -> tuple[list[str], Any]:
+    try:
+        data = read_data(experiment, recipe, options)
+    except UserError as error:
+        found = experiment.without_data(recipe, checkpoint, str(error))
+        if found is None:
+            raise
+        return found
+    check_classes(checkpoint, experiment.classes_of(checkpoint), data)
+    return data.classes, data.test.transform

@@ -49,7 +49,8 @@ class Options:
     resume: str | None = field(default=None, metadata={OPTIONAL_VALUE: NEWEST})  # go on with an interrupted run [DIR]
     eval: str | None = None  # no training: evaluate a run's folder, our .safetensors or a released checkpoint
     predict: list[str] | None = None  # no training: name what is on these images (files, folders)
-    checkpoint: str | None = None  # the model for --predict, as for --eval; none: the newest run's best
+    export: str | None = None  # no training: write the model to this .onnx or .pt2 file, class names beside it
+    checkpoint: str | None = None  # the model for --predict and --export, as for --eval; none: the newest run's best
     top: int = 5  # guesses an image for --predict
     out: str | None = None  # also write the predictions to a .csv or .json file
     download: bool = True  # fetch the data set where it is missing and its authors allow it

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -20,9 +20,11 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from common import dist
+from common.amp import Precision
 from common.building import built_for
 from common.data.images import Images
-from common.engine import logits_of, ranking
+from common.data.loader import evaluation_batches
+from common.engine import Loading, logits_of, ranking
 from common.errors import UserError, brief
 from common.files import write_csv, write_text
 from common.reading import read_json
@@ -180,27 +182,37 @@ class Predictor:
     transform: T.Compose
     classes: list[str]
     device: torch.device
+    precision: Precision
+    loading: Loading
 
     @torch.inference_mode()
-    def __call__(self, paths: list[Path], top: int, batch_size: int = 32) -> list[list[tuple[int, float]]]:
+    def __call__(self, paths: list[Path], top: int) -> list[list[tuple[int, float]]]:
         """For each image the `top` best (class, probability), best first."""
         images = Images("predict", "input", list(map(str, paths)), paths, [0] * len(paths), ["?"], self.transform)
+        size = self.loading.eval_batch_size
+        workers = self.loading.workers if len(paths) > size else 0  # a worker brings whole batches
+        pinned = self.device.type == "cuda" and self.loading.pin_memory
         self.model.eval()
-        ranked: list[list[tuple[int, float]]] = []
-        for start in range(0, len(images), batch_size):
-            batch = torch.stack([images[i][0] for i in range(start, min(start + batch_size, len(images)))])
-            logits = logits_of(self.model(batch.to(self.device))).float()  # (B, C)
-            for path, finite in zip(paths[start:], logits.isfinite().all(-1).tolist(), strict=False):
-                if not finite:
-                    raise UserError(f"{path}: the model's output is not finite: its training has diverged")
+        parts = []  # stay on the device, which would have to be waited for
+        for batch in evaluation_batches(images, size, 0, 1, workers, pinned):
+            for _, why in batch.unreadable:
+                raise UserError(why)
+            assert batch.images is not None
+            with self.precision.autocast():
+                logits = logits_of(self.model(batch.images.to(self.device, non_blocking=True))).float()  # (B, C)
             best = ranking(logits, top)
-            values = logits.softmax(-1).gather(-1, best)
-            for classes, probabilities in zip(best.tolist(), values.tolist(), strict=True):
-                ranked.append(list(zip(classes, probabilities, strict=True)))
-        return ranked
+            parts.append((best, logits.softmax(-1).gather(-1, best), logits.isfinite().all(-1)))
+        best, values, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        for path, known in zip(paths, finite.tolist(), strict=True):
+            if not known:
+                kind = self.precision.precision
+                overflow = "" if kind == "fp32" else f", or {kind} overflows: use --precision fp32"
+                raise UserError(f"{path}: the model's output is not finite: its training has diverged{overflow}")
+        both = zip(best.tolist(), values.tolist(), strict=True)
+        return [list(zip(classes, probabilities, strict=True)) for classes, probabilities in both]
 
 
-def load_run(folder: Path, device: torch.device) -> Predictor:
+def load_run(folder: Path, device: torch.device, precision: str = "fp32", loading: Loading | None = None) -> Predictor:
     """The best model of a run. UserError where a file is missing or damaged, or does not belong to the other."""
     info = read_model_info(folder)
     with built_for(file_of(folder), folder / "model.json"):
@@ -211,7 +223,8 @@ def load_run(folder: Path, device: torch.device) -> Predictor:
             f"{folder / 'model.json'} names {len(info['classes'])} classes for a model of {brief(num_classes)}"
         )
     load_checkpoint(model, folder)
-    return Predictor(model.to(device), transform, info["classes"], device)
+    arithmetic = Precision(precision, device)
+    return Predictor(model.to(device), transform, info["classes"], device, arithmetic, loading or Loading())
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
@@ -272,6 +285,9 @@ class _Request:
 @dataclass
 class _Options:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the model
+    workers: int = 0  # processes that read images
+    eval_batch_size: int = 32  # images at a time
 
 
 def main() -> None:
@@ -280,9 +296,13 @@ def main() -> None:
     try:
         if not request.run or not request.images or request.top < 1:
             raise UserError("give the folder of a run with --run, images with --images, and --top 1 or more")
+        if options.workers < 0 or options.eval_batch_size < 1:
+            raise UserError("--workers takes 0 or more, --eval-batch-size 1 or more")
         check_out(request.out)
         paths = find_images(request.images)
-        predictor = load_run(Path(request.run), dist.choose_device(options.device, dist.Launch()))
+        device = dist.choose_device(options.device, dist.Launch())
+        loading = Loading(options.workers, options.eval_batch_size)
+        predictor = load_run(Path(request.run), device, options.precision, loading)
         write_predictions(paths, predictor(paths, request.top), predictor.classes, request.out)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

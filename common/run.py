@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common import dist
+from common.amp import Precision
 from common.data import Data
 from common.data.loader import Plan, seed_everything
 from common.determinism import make_deterministic, settings_kept
@@ -31,6 +32,7 @@ from common.earlier import (
     check_kept,
     find_checkpoint,
     model_info,
+    model_to_ask,
     resumable,
     started_before,
     trained_model,
@@ -38,6 +40,7 @@ from common.earlier import (
 from common.engine import Objective, Trainer, cross_entropy
 from common.errors import UserError
 from common.experiment import Experiment, Options, checkpoint_gradients, make_model, read_data
+from common.export import check_export, export
 from common.files import write_text
 from common.folders import (
     Lock,
@@ -52,15 +55,13 @@ from common.predict import (
     Predictor,
     check_out,
     find_images,
-    restore_transform,
     write_predictions,
 )
 from common.provenance import device_name
 from common.recipe import parse
 from common.records import write_record
-from common.session import Session
+from common.session import Session, loading_of
 from common.train import Training, plan_batches, tell_results
-from common.weights import sha256_of
 
 REPEAT_AFTER = 3.0  # seconds until another process than the first says what is wrong
 
@@ -168,10 +169,11 @@ def _dispatch(
     experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
     options = experiment.mode(recipe, options)
-    modes = [name for name in ("resume", "eval", "predict") if getattr(options, name)]
+    modes = [name for name in ("resume", "eval", "predict", "export") if getattr(options, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other")
     check_out(options.out)
+    check_export(options.export, chosen)
     launch = dist.detect()
     device = dist.choose_device(options.device, launch)
     dist.start(launch, device, options.dist_timeout)
@@ -180,7 +182,9 @@ def _dispatch(
         recipe = experiment.demo_recipe(recipe, options, overrides)
     _check_numbers(experiment, recipe, options)
     if options.predict:
-        _predict(experiment, recipe, options, overrides, device)
+        _predict(experiment, recipe, options, overrides, chosen, device)
+    elif options.export:
+        _export(experiment, recipe, options, overrides)
     elif options.eval:
         _evaluate(experiment, recipe, options, overrides, chosen, device)
     else:
@@ -319,18 +323,12 @@ def _evaluate(
 ) -> None:
     checkpoint = find_checkpoint(experiment, recipe, options, overrides)
     path, recipe, info, _ = checkpoint
-    _check_numbers(experiment, recipe, options)
-    options = experiment.options(recipe, options, device, chosen)
-    if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
-        raise UserError(f"{experiment.flag('amp_backend')} apex is for training: evaluate without it")
-    if options.deterministic:
-        make_deterministic()
-    precision = experiment.precision(recipe, options, device)
+    options, precision = _for_evaluation(experiment, recipe, options, device, chosen)
     data = read_data(experiment, recipe, options)
     check_classes(path, info["classes"] if info else experiment.classes_of(path), data)
     model = trained_model(experiment, checkpoint, len(data.classes))
     folder = _new_folder(experiment, recipe, options)
-    weights = {"source": str(path), "sha256": sha256_of(path / "best.safetensors" if path.is_dir() else path)}
+    weights = checkpoint.weights()
     session = Session(experiment, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
     say(
         f"{path}: {data.test.name} {data.test.split}, {len(data.test):,} images, {options.precision}, "
@@ -349,35 +347,42 @@ def _evaluate(
         tell_results(session, record)
 
 
-def _predict(
-    experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any], device: torch.device
-) -> None:
-    paths = find_images(options.predict or [])
+def _for_evaluation(
+    experiment: Experiment, recipe: Any, options: Options, device: torch.device, chosen: dict[str, Any]
+) -> tuple[Options, Precision]:
+    """The options with what the recipe of a checkpoint says of them, and the precision in which its model answers."""
+    _check_numbers(experiment, recipe, options)
+    options = experiment.options(recipe, options, device, chosen)
+    if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
+        raise UserError(f"{experiment.flag('amp_backend')} apex is for training: leave it out here")
     if options.deterministic:
         make_deterministic()
+    return options, experiment.precision(recipe, options, device)
+
+
+def _predict(
+    experiment: Experiment,
+    recipe: Any,
+    options: Options,
+    overrides: dict[str, Any],
+    chosen: dict[str, Any],
+    device: torch.device,
+) -> None:
+    paths = find_images(options.predict or [])
     checkpoint = find_checkpoint(experiment, recipe, options, overrides)
-    path, recipe, info, _ = checkpoint
-    if info is None:  # a bare file says neither class names nor preprocessing: the data set and the script do
-        classes, transform = _classes_and_transform(experiment, recipe, options, path)
-    else:
-        classes, transform = info["classes"], restore_transform(info["preprocessing"])
-    model = trained_model(experiment, checkpoint, len(classes))
-    say(f"model: {path}")
+    options, precision = _for_evaluation(experiment, checkpoint.recipe, options, device, chosen)
+    model, classes, transform = model_to_ask(experiment, checkpoint, options)
+    say(f"model: {checkpoint.path}")
     if dist.is_main():
-        with _explain_memory(experiment, recipe, options):
-            ranked = Predictor(model.to(device), transform, classes, device)(paths, options.top)
+        loading = loading_of(experiment, checkpoint.recipe, options)
+        with _explain_memory(experiment, checkpoint.recipe, options):
+            ranked = Predictor(model.to(device), transform, classes, device, precision, loading)(paths, options.top)
         write_predictions(paths, ranked, classes, options.out)
 
 
-def _classes_and_transform(
-    experiment: Experiment, recipe: Any, options: Options, checkpoint: Path
-) -> tuple[list[str], Any]:
-    try:
-        data = read_data(experiment, recipe, options)
-    except UserError as error:
-        found = experiment.without_data(recipe, checkpoint, str(error))
-        if found is None:
-            raise
-        return found
-    check_classes(checkpoint, experiment.classes_of(checkpoint), data)
-    return data.classes, data.test.transform
+def _export(experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]) -> None:
+    checkpoint = find_checkpoint(experiment, recipe, options, overrides)
+    model, classes, transform = model_to_ask(experiment, checkpoint, options)
+    say(f"model: {checkpoint.path}")
+    if dist.is_main():
+        export(model, transform, classes, checkpoint.weights(), Path(str(options.export)))

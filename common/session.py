@@ -34,6 +34,13 @@ from common.provenance import (
 )
 
 
+def loading_of(experiment: Experiment, recipe: Any, options: Options) -> Loading:
+    """How images are brought, as the options say."""
+    batch = options.eval_batch_size or max(1, experiment.global_batch_size(recipe) // dist.size())
+    workers = min(4, os.cpu_count() or 1) if options.workers is None else options.workers
+    return Loading(workers, batch, options.skip_bad_images, options.pin_memory)
+
+
 @dataclass
 class Session:
     """One use of a program: what was asked for, on which data and device, and where its files go."""
@@ -51,10 +58,7 @@ class Session:
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
-        options = self.options
-        batch = options.eval_batch_size or max(1, self.experiment.global_batch_size(self.recipe) // dist.size())
-        workers = min(4, os.cpu_count() or 1) if options.workers is None else options.workers
-        self.loading = Loading(workers, batch, options.skip_bad_images, options.pin_memory)
+        self.loading = loading_of(self.experiment, self.recipe, self.options)
 
     @property
     def side(self) -> str:

@@ -60,7 +60,8 @@ def ranges(lock: str) -> list[Requirement]:
     if lock == TEST:
         project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
         extras = project["project"]["optional-dependencies"]
-        wanted += [*extras["test"], *extras["demo"], *extras["maintain"], *project["build-system"]["requires"]]
+        wanted += [line for name in ("test", "demo", "export", "maintain") for line in extras[name]]
+        wanted += project["build-system"]["requires"]
     return [Requirement(line) for line in wanted]
 
 
@@ -108,5 +109,5 @@ def test_make_installs_nothing_but_the_locks() -> None:
 def test_the_ranges_are_taken_where_that_was_said() -> None:
     assert [command.split()[-1] for command in installations("LOCK=")] == [
         "requirements.txt",
-        "'.[test,demo,maintain]'",
+        "'.[test,demo,export,maintain]'",
     ]

@@ -16,6 +16,8 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from common import predict
+from common.data.images import BadImage, load_image
+from common.engine import Loading
 from common.errors import UserError
 from common.models import GFT, TransFG
 from common.predict import (
@@ -179,7 +181,8 @@ def test_predictions_are_the_models(run_folder: Path, pictures: list[Path], batc
     build, _, _ = MODELS["resnet"]
     model = build()
     model.load_state_dict(predictor.model.state_dict())
-    ranked = predictor(pictures, 3, batch_size)
+    predictor.loading.eval_batch_size = batch_size
+    ranked = predictor(pictures, 3)
     assert len(ranked) == len(pictures)
     for path, guesses in zip(pictures, ranked, strict=True):
         with torch.no_grad(), Image.open(path) as image:
@@ -195,7 +198,54 @@ def test_an_image_whose_output_is_not_finite_is_named(run_folder: Path, pictures
     predictor = load_run(run_folder, CPU)
     predictor.transform = T.Compose([*TRANSFORMS["square"].transforms, Blinding(3)])
     with pytest.raises(UserError, match=f"{pictures[3].name}: the model's output is not finite"):
-        predictor(pictures, 3, batch_size=2)
+        predictor(pictures, 3)
+
+
+@pytest.mark.parametrize(("count", "used"), [(2, 0), (3, 2)])
+def test_workers_read_where_there_are_several_batches(
+    count: int, used: int, run_folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_run(run_folder, CPU)(pictures[:count], 3)
+    read, seen = predict.evaluation_batches, []
+
+    def watched(*given: Any) -> Any:
+        seen.append(given[1:5])
+        return read(*given)
+
+    monkeypatch.setattr(predict, "evaluation_batches", watched)
+    found = load_run(run_folder, CPU, loading=Loading(workers=2, eval_batch_size=2))(pictures[:count], 3)
+    assert seen == [(2, 0, 1, used)]
+    for guesses, wanted in zip(found, expected, strict=True):
+        assert [number for number, _ in guesses] == [number for number, _ in wanted]
+        assert [share for _, share in guesses] == pytest.approx([share for _, share in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_several_bad_images_the_first_is_named(workers: int, run_folder: Path, pictures: list[Path]) -> None:
+    for number in (3, 2):
+        pictures[number].write_bytes(b"no image")
+    predictor = load_run(run_folder, CPU, loading=Loading(workers, eval_batch_size=1))
+    with pytest.raises(UserError) as refused:
+        predictor(pictures, 3)
+    with pytest.raises(BadImage) as alone:
+        load_image(pictures[2])
+    assert str(refused.value) == str(alone.value)
+
+
+def test_half_precision_is_used_where_it_is_asked_for(run_folder: Path, pictures: list[Path]) -> None:
+    guesses = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        predictor, seen = load_run(run_folder, CPU, precision), set()
+        predictor.model.conv1.register_forward_hook(lambda _model, _given, output, seen=seen: seen.add(output.dtype))
+        guesses[precision] = [dict(found) for found in predictor(pictures, 7)]
+        assert seen == {dtype}
+    assert guesses["bf16"] != guesses["fp32"]
+    for half, full in zip(guesses["bf16"], guesses["fp32"], strict=True):
+        assert half == pytest.approx(full, abs=0.03)
+    predictor = load_run(run_folder, CPU, "bf16")
+    predictor.transform = T.Compose([*TRANSFORMS["square"].transforms, Blinding(0)])
+    with pytest.raises(UserError, match="not finite: its training has diverged, or bf16 overflows: use --precision"):
+        predictor(pictures, 3)
 
 
 class Blinding:
@@ -279,6 +329,8 @@ def test_what_the_command_line_lacks_is_said(
     images = ["--images", pictures[0]]
     for words in (["--run", run_folder], images, ["--run", run_folder, *images, "--top", "0"]):
         assert "--run" in refusal(monkeypatch, *words)
+    for words in (["--workers", "-1"], ["--eval-batch-size", "0"]):
+        assert f"{words[0]} " in refusal(monkeypatch, "--run", run_folder, *images, *words)
     assert "does not exist" in refusal(monkeypatch, "--run", tmp_path / "nowhere", *images)
     for out, part in (("a.txt", ".csv or .json"), ("a", ".csv or .json"), ("no/a.csv", "does not exist")):
         assert part in refusal(monkeypatch, "--run", run_folder, *images, "--out", tmp_path / out)

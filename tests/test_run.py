@@ -1,6 +1,7 @@
 """Whole runs: killed and resumed, on several processes, evaluated, asked for predictions, given bad input."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scripts import ROOT, TRACED, Outcome, finish, run_script
+
+from common.data.images import load_image
+from common.predict import restore_transform
 
 SMALL = ("--demo", "--limit", "72", "--epochs", "2", "--batch-size", "16", "--workers", "0", "--log-every", "1")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -272,6 +276,60 @@ def test_predict(whole: Outcome, demo_output: Path, tmp_path: Path) -> None:
     for found, expected in zip(json.loads((tmp_path / "alone.json").read_text()), table, strict=False):
         assert (found["name"], found["rank"]) == (expected["name"], expected["rank"])
         assert found["probability"] == pytest.approx(expected["probability"], abs=1e-5)
+
+
+def test_half_precision_without_training(whole: Outcome, demo_output: Path, tmp_path: Path) -> None:
+    """--precision of --eval and --predict is that of the arithmetic, not of the record alone."""
+    small = ("gft_food101.py", "--demo", "--limit", "72", "--output", demo_output, "--workers", "0")
+    outcome = run_script(*small, "--eval", whole.folder, "--precision", "bf16")
+    assert outcome.status == 0, outcome.err
+    assert outcome.record["precision"] == "bf16"
+    found, expected = (o.record["results"][name]["test"] for o, name in ((outcome, "checkpoint"), (whole, "best")))
+    assert found["loss"] != expected["loss"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    image = next((demo_output / "demo-data" / "food-101" / "images" / "two").glob("*.jpg"))
+    guesses = []
+    for precision in ("fp32", "bf16"):
+        words = ("--predict", image, "--checkpoint", whole.folder, "--out", tmp_path / "a.json")
+        assert run_script(*small, *words, "--precision", precision).status == 0
+        table = json.loads((tmp_path / "a.json").read_text())
+        guesses.append({row["name"]: row["probability"] for row in table})
+    assert guesses[0] != guesses[1]
+    assert guesses[0] == pytest.approx(guesses[1], abs=0.05)
+
+
+def test_export(whole: Outcome, demo_output: Path, tmp_path: Path) -> None:
+    """What the file answers to the images that its description makes of pictures is what --predict says."""
+    pictures = sorted((demo_output / "demo-data" / "food-101" / "images" / "two").glob("*.jpg"))[:3]
+    words = ("gft_food101.py", "--demo", "--output", demo_output, "--checkpoint", whole.folder)
+    outcome = run_script(*words, "--export", tmp_path / "gft.pt2")
+    assert outcome.status == 0, outcome.err
+    assert "largest difference of a logit from the model's: " in outcome.out
+    about = json.loads((tmp_path / "gft.pt2.json").read_text(encoding="utf-8"))
+    sha256 = hashlib.sha256((whole.folder / "best.safetensors").read_bytes()).hexdigest()
+    assert about["weights"] == {"source": str(whole.folder), "sha256": sha256}
+    transform = restore_transform(about["preprocessing"])
+    images = torch.stack([transform(load_image(path)) for path in pictures])
+    best = torch.export.load(tmp_path / "gft.pt2").module()(images).softmax(-1).max(-1)
+    assert run_script(*words, "--predict", *pictures, "--top", "1", "--out", tmp_path / "guesses.json").status == 0
+    table = json.loads((tmp_path / "guesses.json").read_text())
+    assert [about["classes"][number] for number in best.indices] == [row["name"] for row in table]
+    assert best.values.tolist() == pytest.approx([row["probability"] for row in table], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--export", "model.txt"), "ends in .onnx"),
+        (("--export", "model.pt2", "--device", "cpu", "--precision", "bf16"), "leave --precision out"),
+        (("--export", "model.pt2", "--predict", "."), "--predict and --export exclude each other"),
+        (("--export", "model.pt2", "--checkpoint", "nowhere"), "nowhere does not exist"),
+    ],
+)
+def test_exports_that_cannot_be(words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in one_line(run_script("gft_food101.py", *words).err)
+    assert not list(tmp_path.glob("model*"))
 
 
 def test_bare_file_predicts_with_the_data_sets_names(whole: Outcome, demo_output: Path, tmp_path: Path) -> None:

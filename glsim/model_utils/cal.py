@@ -20,6 +20,7 @@ from glsim.model_utils.glsim import crop
 SCALE = 100  # of the pooled features, whose norm is 1, before the classifier
 CROP_TRAIN, DROP_TRAIN = (0.4, 0.6), (0.2, 0.5)  # ranges of the threshold, a share of a map's maximum
 CROP_TEST = (0.3, 0.2)  # one crop of the image for each threshold
+VIEWS = 2 * (1 + len(CROP_TEST))  # of an image in evaluation: it, its crops, and the same of its mirror image
 PADDING = 0.1  # around what is above the threshold, a share of the image
 CENTER_RATE = 0.05  # how far a batch moves the centres of its classes
 
@@ -159,8 +160,8 @@ class CAL(ReleasedNames):
         maps, size = seen.maps.mean(1), images.shape[-1]  # (2 B, h, w)
         crops = torch.cat([crop(both, padded_boxes(attended(maps, share, size))) for share in CROP_TEST])
         logits = torch.cat((seen.logits, self.look(crops).logits))
-        views = torch.cat((both, crops)).unflatten(0, (-1, len(images)))
-        return logits.unflatten(0, (-1, len(images))).mean(0), views
+        views = torch.cat((both, crops)).unflatten(0, (VIEWS, -1))  # by their number: B may be open in an export
+        return logits.unflatten(0, (VIEWS, -1)).mean(0), views
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss for images (B, 3, S, S) with labels (B,), and the logits (B, C).

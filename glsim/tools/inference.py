@@ -17,11 +17,13 @@ GLSIM-7, GLSIM-8, GLSIM-9, GLSIM-10).
 import csv
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,7 +33,9 @@ import torch
 from torch import Tensor
 
 from common import dist
-from common.data.images import BadImage, load_image
+from common.amp import Precision
+from common.data.images import Images
+from common.data.loader import Batch, evaluation_batches
 from common.data.tree import is_inside
 from common.engine import logits_of
 from common.errors import UserError
@@ -58,6 +62,8 @@ class Request(Settings):
     images_path: str | None = None  # an image, a folder, or a .csv list
     top: int = 3  # classes an image
     batch_size: int = 8  # images at a time
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the model; masks are computed in fp32
+    cpu_workers: int = 8  # processes that read images, and threads that write pictures, at most one a core
     results_dir: str = "results_inference"  # everything goes below it
     save_crops_only: bool = switched_off()  # image and crop alone; off: a figure that says the classes and has the mask
     vis_mask: str | None = None  # gls[im_norm], glsim_L, attention[_L], rollout[[_FROM]_TO], psm[_H], maws[_L], asim
@@ -81,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         request, running, given, _ = parse(Request, Running, __doc__ or "", argv, separator="_", configure=configure)
         check_positive(request, ("top", "batch_size", "vis_mask_top"))
+        if request.cpu_workers < 0:
+            raise UserError(f"--cpu_workers {request.cpu_workers}: expected 0 or more")
         device = dist.choose_device(running.device, dist.Launch())
         changes = settings_given(request, running, given)
         if request.ckpt_path is not None:
@@ -195,23 +203,29 @@ def infer(trained: Trained, images: dict[Path, Path], request: Request) -> int:
     folder = Path(request.results_dir) / folder_name(trained)
     stems = Counter(name.with_suffix("") for name in images)  # images may differ in the suffix alone
     rows: list[tuple[Any, ...]] = [("path", "rank", "class", "name", "probability")]
-    names, unreadable = list(images), len(images)
-    for start in range(0, len(names), request.batch_size):
-        batch = _readable(trained, {name: images[name] for name in names[start : start + request.batch_size]})
-        unreadable -= len(batch)
-        if not batch:
-            continue
-        inputs = torch.stack(list(batch.values())).to(next(model.parameters()).device)  # (B, 3, S, S)
-        output = model(inputs)
-        best = logits_of(output).float().softmax(-1).topk(min(request.top, len(classes)))
-        guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for name, (numbers, values), view in zip(batch, guesses, _views(trained, inputs, output, request), strict=True):
-            text = [f"{classes[number]} {value:.1%}" for number, value in zip(numbers, values, strict=True)]
-            print(f"{images[name]}: {', '.join(text)}")
-            for rank, (number, value) in enumerate(zip(numbers, values, strict=True), 1):
-                rows.append((images[name], rank, number, classes[number], value))
-            stem = name.with_suffix("") if stems[name.with_suffix("")] == 1 else name
-            _write(view, "\n".join(text), str(folder / stem), request)
+    names, unreadable = list(images), 0
+    precision = Precision(request.precision, next(model.parameters()).device)
+    with _writing(_writers(request, len(images))) as write:
+        for batch in _batches(trained, images, request, pinned=precision.device.type == "cuda"):
+            for _, why in batch.unreadable:
+                print(why.partition(";")[0], file=sys.stderr)
+            unreadable += len(batch.unreadable)
+            if batch.images is None:
+                continue
+            inputs = batch.images.to(precision.device, non_blocking=True)  # (B, 3, S, S)
+            with precision.autocast():
+                output = model(inputs)
+            best = logits_of(output).float().softmax(-1).topk(min(request.top, len(classes)))
+            guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            views = _views(trained, inputs, output, request)
+            for index, (numbers, values), view in zip(batch.indices, guesses, views, strict=True):
+                name = names[index]
+                text = [f"{classes[number]} {value:.1%}" for number, value in zip(numbers, values, strict=True)]
+                print(f"{images[name]}: {', '.join(text)}")
+                for rank, (number, value) in enumerate(zip(numbers, values, strict=True), 1):
+                    rows.append((images[name], rank, number, classes[number], value))
+                stem = name.with_suffix("") if stems[name.with_suffix("")] == 1 else name
+                write(view, "\n".join(text), str(folder / stem), request)
     if len(rows) > 1:
         keep_earlier(folder / "predictions.csv")
         write_csv(folder / "predictions.csv", rows)
@@ -219,15 +233,43 @@ def infer(trained: Trained, images: dict[Path, Path], request: Request) -> int:
     return unreadable
 
 
-def _readable(trained: Trained, files: dict[Path, Path]) -> dict[Path, Tensor]:
-    """The images (3, S, S) of those files that hold one; the others are named."""
-    batch = {}
-    for name, file in files.items():
-        try:
-            batch[name] = trained.transform(load_image(file))
-        except BadImage as error:
-            print(str(error).partition(";")[0], file=sys.stderr)
-    return batch
+def _batches(trained: Trained, images: dict[Path, Path], request: Request, pinned: bool) -> Iterator[Batch]:
+    """The images in their order."""
+    names, files = list(map(str, images)), list(images.values())
+    asked = Images("inference", "input", names, files, [0] * len(files), ["?"], trained.transform)
+    return evaluation_batches(asked, request.batch_size, 0, 1, _helpers(request, len(files)), pinned)
+
+
+def _helpers(request: Request, count: int) -> int:
+    """How many help with so many images: none with a single batch, as they read whole ones."""
+    return min(request.cpu_workers, os.cpu_count() or 1) if count > request.batch_size else 0
+
+
+def _writers(request: Request, count: int) -> int:
+    """As many threads as helpers; none for Matplotlib's figures, which are for one thread."""
+    return _helpers(request, count) if request.save_crops_only and not request.vis_mask_all else 0
+
+
+@contextmanager
+def _writing(threads: int) -> Iterator[Callable[..., object]]:
+    """`_write`, its calls being taken by threads: PNG's compression, the most of it, needs no lock of Python's.
+
+    All is written at the end of the block. Without threads a call returns when it is done.
+    """
+    if not threads:
+        yield _write
+        return
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def write(*given: Any) -> None:
+            waiting.append(pool.submit(_write, *given))
+            if len(waiting) > 2 * threads:  # a slow disk must not fill the memory
+                waiting.popleft().result()
+
+        yield write
+        for written in waiting:
+            written.result()
 
 
 def folder_name(trained: Trained) -> str:

@@ -158,11 +158,11 @@ class GLSimExperiment(Experiment):
                 f"--ckpt_path {recipe.ckpt_path} does not exist: expected a checkpoint, or the folder of a run; "
                 "./scripts/download_ckpts.sh fetches the authors'"
             )
-        if options.predict and recipe.ckpt_path is not None:
+        if (options.predict or options.export) and recipe.ckpt_path is not None:
             if options.checkpoint not in (None, recipe.ckpt_path):
                 raise UserError("--ckpt_path and --checkpoint name different models: give one of them")
             return replace(options, checkpoint=recipe.ckpt_path)
-        if options.eval or options.predict or options.resume:
+        if options.eval or options.predict or options.export or options.resume:
             return options
         if tests and recipe.ckpt_path is None:
             raise UserError(f"--{tests[0]} evaluates a checkpoint: name it with --ckpt_path")

@@ -341,8 +341,10 @@ def test_evaluation(kind: str, whole: tuple[Outcome, Path], demo_output: Path, h
 
 
 def test_apex_is_refused_in_evaluation(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
-    words = ("--demo", "--amp_backend", "apex", "--eval", whole[0].folder)
-    assert "--amp_backend apex is for training" in one_line(train(demo_output, *words))
+    image = min((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))
+    for words in (("--eval", whole[0].folder), ("--predict", image, "--checkpoint", whole[0].folder)):
+        outcome = train(demo_output, "--demo", "--amp_backend", "apex", *words)
+        assert "--amp_backend apex is for training" in one_line(outcome)
 
 
 def test_evaluation_of_a_checkpoint_that_does_not_fit(
@@ -384,6 +386,19 @@ def test_predictions(whole: tuple[Outcome, Path], demo_output: Path, home: Path)
     alone = launch(words, ROOT)
     assert alone.status == 0, alone.err
     assert alone.out.splitlines()[-1] == ours.out.splitlines()[-1]
+
+
+def test_export(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    """Of a run, and of a bare checkpoint, which says less of itself."""
+    bare = ("--dataset", "CUB", "--feature_fusion", "--demo", "--checkpoint", whole[1] / "output" / "t_checkpoint.bin")
+    images, logits, about = torch.randn(3, 3, 16, 16), [], []
+    for words in (("--checkpoint", whole[0].folder), bare):
+        outcome = train(demo_output, "--export", "ffvt.pt2", *words)
+        assert outcome.status == 0, outcome.err
+        logits.append(torch.export.load("ffvt.pt2").module()(images))
+        about.append(json.loads(Path("ffvt.pt2.json").read_text(encoding="utf-8")))
+    assert torch.equal(*logits)
+    assert all(about[0][name] == about[1][name] for name in ("classes", "preprocessing", "input"))
 
 
 def test_predictions_without_the_data_set(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:

@@ -237,6 +237,19 @@ def test_predict(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> 
     assert "--ckpt_path and --checkpoint name different models" in one_line(train(demo_output, *words, "--demo"))
 
 
+def test_export(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
+    images = torch.rand(3, 3, 16, 16)
+    trained = load_trained(whole[0].folder, torch.device("cpu"))
+    with torch.inference_mode():
+        logits, crops = trained.model(images)
+    assert crops.shape == images.shape
+    for flag, checkpoint in (("--checkpoint", whole[0].folder), ("--ckpt_path", whole[1] / TRAINED)):
+        outcome = train(demo_output, "--export", "glsim.pt2", flag, checkpoint, "--demo")
+        assert outcome.status == 0, outcome.err
+        assert torch.equal(torch.export.load("glsim.pt2").module()(images), logits)
+        assert json.loads(Path("glsim.pt2.json").read_text(encoding="utf-8"))["classes"] == trained.classes
+
+
 def test_configuration_files_win_over_a_checkpoint(whole: tuple[Outcome, Path], demo_output: Path, home: Path) -> None:
     root = demo_output / "demo-data" / "CUB"
     (home / "mine.yaml").write_text(f"dataset_root_path: {root}\nfolder_test: images\ntest_flip: true\n")

@@ -1,8 +1,10 @@
 """glsim/tools/inference.py: classes, pictures, lists and folders, the demo, and refusals."""
 
 import csv
+import os
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,54 @@ def test_a_folder_and_what_is_below_it(checkpoint: Path, capsys: pytest.CaptureF
     ]
 
 
+def test_helpers_change_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read by processes and written by threads: the same in the same order, and a picture for each image."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    Path("samples").mkdir()
+    for number in range(7):
+        pil_image(60 + 10 * number).save(f"samples/{number}.png")
+    Path("samples/3.png").write_bytes(b"no image")
+    said, pictures, asked = {}, {}, []
+    batches, write = inference.evaluation_batches, inference._write
+    threads = set()
+    monkeypatch.setattr(inference, "evaluation_batches", lambda *given: asked.append(given[1:5]) or batches(*given))
+    monkeypatch.setattr(inference, "_write", lambda *given: threads.add(threading.get_ident()) or write(*given))
+    for helpers in (0, 2):
+        threads.clear()
+        words = ("--images_path", "samples", "--batch_size", 2, "--cpu_workers", helpers, "--results_dir", helpers)
+        with pytest.raises(SystemExit, match="1 of 7 images could not be read"):
+            run("--ckpt_path", checkpoint, *words)
+        assert asked.pop() == (2, 0, 1, helpers)
+        assert (threading.get_ident() in threads) == (helpers == 0)
+        said[helpers] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples")]
+        pictures[helpers] = {path.name: read(path) for path in Path(str(helpers)).rglob("*.png")}
+    assert said[0] == said[2]
+    assert pictures[0].keys() == pictures[2].keys() == {f"{number}.png" for number in (0, 1, 2, 4, 5, 6)}
+    assert all((picture == pictures[2][name]).all() for name, picture in pictures[0].items())
+
+
+def test_what_a_thread_cannot_write_is_one_sentence(checkpoint: Path) -> None:
+    Path("samples").mkdir()
+    for number in range(3):
+        pil_image().save(f"samples/{number}.png")
+    Path("results/vit_b16_16/1.png").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"^inference.py: error: results/vit_b16_16/1.png could not be written"):
+        run("--ckpt_path", checkpoint, "--images_path", "samples", "--batch_size", 2, "--results_dir", "results")
+
+
+def test_half_precision(checkpoint: Path, photo: Path) -> None:
+    said = []
+    for precision in ("fp32", "bf16"):
+        words = ("--precision", precision, "--top", len(CLASSES), "--results_dir", precision)
+        run("--ckpt_path", checkpoint, "--images_path", photo, *words)
+        with open(Path(precision) / "vit_b16_16" / "predictions.csv", newline="") as file:
+            said.append({row["name"]: float(row["probability"]) for row in csv.DictReader(file)})
+    assert said[0] != said[1]
+    assert said[0] == pytest.approx(said[1], abs=0.02)
+
+
 @pytest.mark.parametrize("where", ["beside", "images", "data set"])
 def test_a_list(checkpoint: Path, where: str) -> None:
     root = {"beside": Path("set"), "images": Path("set/images"), "data set": Path("data/pictures")}[where]
@@ -257,6 +307,7 @@ def test_the_demo(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixtur
             "dynamic_top 17: expected",
         ),
         (["--ckpt_path", "none.pth", "--images_path", "photo.jpg"], "none.pth"),
+        (["--images_path", "photo.jpg", "--cpu_workers", "-1"], "--cpu_workers -1: expected 0 or more"),
     ],
 )
 @pytest.mark.usefixtures("photo")
