@@ -21,7 +21,7 @@ from common.session import Session
 from common.weights import file_of, load_checkpoint
 
 # Options that a resumed run keeps: they are in its figures.
-KEPT = ("limit", "precision", "amp_backend", "accumulate", "deterministic")
+KEPT = ("limit", "precision", "amp_backend", "accumulate", "deterministic", "compile")
 
 
 def check_kept(chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> None:

@@ -25,6 +25,7 @@ from common.data.images import Images
 from common.engine import logits_of, ranking
 from common.errors import UserError, brief
 from common.files import write_csv, write_text
+from common.placement import memory_format, place
 from common.reading import read_json
 from common.recipe import parse
 from common.weights import file_of, load_checkpoint
@@ -186,10 +187,11 @@ class Predictor:
         """For each image the `top` best (class, probability), best first."""
         images = Images("predict", "input", list(map(str, paths)), paths, [0] * len(paths), ["?"], self.transform)
         self.model.eval()
+        layout = memory_format(self.model, self.device)
         ranked: list[list[tuple[int, float]]] = []
         for start in range(0, len(images), batch_size):
             batch = torch.stack([images[i][0] for i in range(start, min(start + batch_size, len(images)))])
-            logits = logits_of(self.model(batch.to(self.device))).float()  # (B, C)
+            logits = logits_of(self.model(batch.to(self.device, memory_format=layout))).float()  # (B, C)
             for path, finite in zip(paths[start:], logits.isfinite().all(-1).tolist(), strict=False):
                 if not finite:
                     raise UserError(f"{path}: the model's output is not finite: its training has diverged")
@@ -211,7 +213,7 @@ def load_run(folder: Path, device: torch.device) -> Predictor:
             f"{folder / 'model.json'} names {len(info['classes'])} classes for a model of {brief(num_classes)}"
         )
     load_checkpoint(model, folder)
-    return Predictor(model.to(device), transform, info["classes"], device)
+    return Predictor(place(model, device), transform, info["classes"], device)
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
