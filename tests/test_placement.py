@@ -23,6 +23,7 @@ from common.data.images import Images
 from common.data.loader import Plan
 from common.engine import Loading, Trainer, evaluate
 from common.errors import UserError
+from common.models import gft, transfg
 from common.placement import compilation_explained, compile_model, memory_format, place
 from common.predict import Predictor
 
@@ -100,11 +101,13 @@ def use(model: nn.Module, batch_size: int, train: bool) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_is_one_graph_for_any_batch(name: str) -> None:
+def test_every_model_is_one_graph_for_any_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in training and one in evaluation, without a break (`fullgraph`), however often the batch size changes.
 
     GFT described has three more: its moving average is missing, of this batch size, or of another.
     """
+    for module in (gft, transfg):
+        monkeypatch.setattr(module, "DEPTH", 1)  # of eight blocks each is followed anew
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, counter = MODELS[name](), CompileCounter()

@@ -1,4 +1,7 @@
-"""Every kind of model of this repository, as small as it can be, for tests of what runs around a model."""
+"""Every kind of model of this repository, as small as it can be, for tests of what runs around a model.
+
+Models that have a ResNet-50 or 18 in them have timm's smallest here; what they do with it stays.
+"""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -37,6 +40,18 @@ def _resnetv2() -> nn.Module:
     return ResNetV2((1, 1, 1, 1), (128, 128, 128, 128), CLASSES, stem_chs=32, conv_layer=StdConv2d)
 
 
+def _cal() -> nn.Module:
+    model = CAL(CLASSES, backbone="resnet18", num_maps=2)
+    model.base_model = timm.create_model("resnet10t", num_classes=0, global_pool="")
+    return model
+
+
+def _resnet() -> nn.Module:
+    model = ResNet("resnet50", CLASSES)
+    model.base_model = timm.create_model("resnet10t", num_classes=CLASSES)
+    return model
+
+
 MODELS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
     {
         "GFT described": lambda: GFT(BACKBONE, CLASSES, SIZE, depth=9, **VIT),
@@ -57,8 +72,8 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
             f"gls{BACKBONE}", image_size=SIZE, num_classes=CLASSES, model_kwargs=dict(depth=1, **VIT), **CROPPING
         ),
         "TransFG": lambda: transfg.TransFG(GOOGLE | {"patch_size": 8}, SIZE, CLASSES, slide_step=6),
-        "CAL": lambda: CAL(CLASSES, backbone="resnet18", num_maps=2),
-        "ResNet-50": lambda: ResNet("resnet50", CLASSES),
+        "CAL": _cal,
+        "ResNet-50": _resnet,
     }
 )
 
