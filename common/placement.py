@@ -40,7 +40,7 @@ def compile_model(model: nn.Module, **how: Any) -> None:
                 torch._dynamo.maybe_mark_dynamic(value, 0)
         return forward(*inputs, **more)
 
-    model.forward = of_any_batch  # type: ignore[method-assign]
+    model.forward = of_any_batch
 
 
 @contextmanager
