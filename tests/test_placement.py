@@ -161,7 +161,7 @@ def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPat
     assert counter.frame_count == 0
     outcome = run_script("densenet169_food101.py", *small, "--compile")
     assert outcome.status == 0, outcome.err
-    assert counter.frame_count == 2
+    assert counter.frame_count >= 2  # for training and for evaluation
     assert outcome.record["options"]["compile"] is True
     records = [run.record["results"]["best"]["test"] for run in (plain, outcome)]
     assert records[0]["correct"] == records[1]["correct"]
@@ -169,7 +169,7 @@ def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPat
     (outcome.folder / "record.json").unlink()
     again = run_script("densenet169_food101.py", *small, "--resume", outcome.folder, "--no-compile")
     assert again.status == 1
-    assert "was started with --compile True: resume it without --no-compile" in again.err
+    assert "was started with --compile: resume it without --no-compile" in again.err
 
 
 def test_a_machine_without_a_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
