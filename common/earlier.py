@@ -21,7 +21,7 @@ from common.session import Session
 from common.weights import file_of, load_checkpoint, sha256_of
 
 # Options that a resumed run keeps: they are in its figures.
-KEPT = ("limit", "precision", "amp_backend", "accumulate", "deterministic")
+KEPT = ("limit", "precision", "amp_backend", "accumulate", "deterministic", "compile")
 
 
 def check_kept(chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> None:
@@ -30,8 +30,10 @@ def check_kept(chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> No
         then = info["options"].get(name, getattr(Options, name))  # runs of an earlier version lack later options
         if chosen.get(name, then) != then:
             flag = f"--{name.replace('_', '-')}"
-            started = f"with {flag} {then}" if then else f"without {flag}"
-            again = flag if chosen[name] is True else f"{flag} {chosen[name]}"
+            started = f"with {flag}" + ("" if then is True else f" {then}") if then else f"without {flag}"
+            again = f"{flag} {chosen[name]}"
+            if isinstance(chosen[name], bool):
+                again = flag if chosen[name] else f"--no-{flag[2:]}"
             raise UserError(f"{folder} was started {started}: resume it without {again}")
 
 

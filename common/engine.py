@@ -11,7 +11,7 @@ generator state has to be saved.
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,9 @@ from common.data.images import Images
 from common.data.loader import Batch, Plan, evaluation_batches, seed_everything, training_batches
 from common.errors import UserError
 from common.metrics import Predictions
+from common.optimizers import fuse, load_state, state_of
+from common.placement import memory_format
+from common.undo import Undo
 
 Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]  # (model, images, labels) -> mean loss, logits
 PATIENCE = 10  # updates in a row skipped for a non-finite gradient before the run stops
@@ -63,6 +66,21 @@ class Loading:
     skip_bad_images: int = 0
     pin_memory: bool = True
     unreadable: dict[str, dict[int, str]] = field(default_factory=dict)  # split -> index -> why
+
+    # The split that was evaluated last, and its batches, whose workers wait for the next evaluation.
+    kept: tuple[Images, Iterable[Batch]] | None = field(default=None, repr=False)
+
+    def evaluation(self, images: Images, pinned: bool) -> Iterator[Batch]:
+        """The batches of this process's share of `images`."""
+        if self.kept is None or self.kept[0] is not images:
+            self.close()
+            share = dist.rank(), dist.size()
+            self.kept = images, evaluation_batches(images, self.eval_batch_size, *share, self.workers, pinned)
+        return iter(self.kept[1])
+
+    def close(self) -> None:
+        """Ends workers that wait."""
+        self.kept = None
 
     def note(self, split: str, batch: Batch) -> None:
         """Counts unreadable images; one more than allowed is a UserError with the path."""
@@ -109,9 +127,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.model, self.optimizer = self.precision.prepare(self.model, self.optimizer)
+        if self.precision.apex is None:
+            fuse(self.optimizer)
         self.wrapped = wrap(self.model, self.device)
-        self.buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # running statistics
-        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.undo = Undo(self.model)
+        self.memory_format = memory_format(self.model, self.device)
         self.spare: Batch | None = None  # the last batch with an image in it
         self.rate = float(self.optimizer.param_groups[0]["lr"])  # of the present update, first parameter group
         self.sums = torch.zeros(3, dtype=torch.float64, device=_double(self.device))
@@ -124,7 +144,7 @@ class Trainer:
         self._read()
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state_of(self.optimizer),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
             "precision": self.precision.state_dict(),
             "step": self.step,
@@ -136,7 +156,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.precision.load_state_dict(state["precision"])
@@ -169,22 +189,21 @@ class Trainer:
 
         UserError after PATIENCE skipped updates in a row: now and then one is what fp16's loss scaling costs.
         """
-        self._read()
+        longest = self._read()
         self.loading.check_together()
         loss, correct, samples = (float(total) for total in np.sum(dist.gather(self.window), axis=0))
         self.window = [0.0, 0.0, 0.0]
-        if int(self.bad[2]) >= PATIENCE:
+        if longest >= PATIENCE:
             cause = "static loss scale" if self.precision.loss_scale else "learning rate"
             raise UserError(
-                f"{int(self.bad[2])} updates in a row were skipped because loss or gradients were not finite "
+                f"{longest} updates in a row were skipped because loss or gradients were not finite "
                 f"(step {self.step}): lower the {cause}, or train in fp32"
             )
         return {"loss": loss, "correct": correct, "samples": samples}
 
     def _update(self, step: int, batches: Iterator[Batch]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        if self.buffers:
-            torch._foreach_copy_(self.buffers_before, self.buffers)
+        self.undo.remember()
         for micro in range(self.plan.accumulate):
             batch = next(batches)
             self.loading.note(self.images.split, batch)
@@ -198,7 +217,7 @@ class Trainer:
             seed_everything(self.seed, step, micro, self.plan.rank)
             assert batch.images is not None
             assert batch.labels is not None
-            images = batch.images.to(self.device, non_blocking=True)
+            images = batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
             labels = batch.labels.to(self.device, non_blocking=True)
             last = micro == self.plan.accumulate - 1
             quiet = (
@@ -214,8 +233,7 @@ class Trainer:
                 self._count(loss.detach(), logits.detach(), labels)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         skipped = self.precision.step(self.optimizer, parameters, self.clip_grad)
-        for buffer, old in zip(self.buffers, self.buffers_before, strict=True):  # a NaN in them would stay for good
-            torch.where(skipped, old, buffer, out=buffer)
+        self.undo.undo(skipped)  # a NaN in running statistics would stay for good
         skipped = skipped.to(self.bad)
         total, row, longest = self.bad.unbind()
         row = (row + 1) * skipped
@@ -227,12 +245,17 @@ class Trainer:
         values = (loss * len(labels), correct, torch.full_like(correct, len(labels)))
         self.sums += torch.stack([value.to(self.sums) for value in values])
 
-    def _read(self) -> None:
-        """Brings the sums from the device, which it waits for (so does an optimizer that is not fused, to skip)."""
+    def _read(self) -> int:
+        """Brings the sums from the device, which nothing else waits for (but optimizers that are not fused, to skip).
+
+        Returns the longest row of skipped updates.
+        """
         self.window = [old + new for old, new in zip(self.window, self.sums.tolist(), strict=True)]
+        skipped, _, longest = self.bad.tolist()
         self.sums.zero_()
-        self.skipped += int(self.bad[0])
-        self.bad[0] = 0
+        self.skipped += skipped
+        self.bad[:1].zero_()
+        return int(longest)
 
     def _advance_schedule(self) -> None:
         epoch_done = self.step % self.plan.steps_per_epoch == 0
@@ -275,18 +298,18 @@ def evaluate(
     dist.share_buffers(model)
     training = model.training
     model.eval()
-    pinned = device.type == "cuda" and loading.pin_memory
-    batches = evaluation_batches(images, loading.eval_batch_size, dist.rank(), dist.size(), loading.workers, pinned)
+    pinned, layout = device.type == "cuda" and loading.pin_memory, memory_format(model, device)
     index: list[int] = []
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     unreadable: set[int] = set()
-    for batch in progress(batches):
+    for batch in progress(loading.evaluation(images, pinned)):
         loading.note(images.split, batch)
         unreadable.update(number for number, _ in batch.unreadable)
         if batch.images is None or batch.labels is None:
             continue
         with precision.autocast():
-            logits = logits_of(model(batch.images.to(device, non_blocking=True))).float()  # (B, C)
+            inputs = batch.images.to(device, non_blocking=True, memory_format=layout)
+            logits = logits_of(model(inputs)).float()  # (B, C)
         if logits.shape[1] != len(images.classes):
             raise UserError(f"the model names {logits.shape[1]} classes, {images.split} has {len(images.classes)}")
         labels = batch.labels.to(device, non_blocking=True)

@@ -41,6 +41,7 @@ class Options:
     accumulate: int = 1  # micro-batches an optimizer step is made of; the batch size stays, the memory falls
     deterministic: bool = False  # equal bit for bit when run again, also on a GPU; slower there
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile the model: faster once the first minutes of compiling are over
     workers: int | None = None  # data-loading processes per training process; none: 4, or the cores if they are fewer
     pin_memory: bool = True  # page-locked memory on the way to a GPU
     eval_batch_size: int | None = None  # images per process in evaluation; none: the training batch size

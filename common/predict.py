@@ -27,6 +27,7 @@ from common.data.loader import evaluation_batches
 from common.engine import Loading, logits_of, ranking
 from common.errors import UserError, brief
 from common.files import write_csv, write_text
+from common.placement import memory_format, place
 from common.reading import read_json
 from common.recipe import parse
 from common.weights import file_of, load_checkpoint
@@ -193,13 +194,15 @@ class Predictor:
         workers = self.loading.workers if len(paths) > size else 0  # a worker brings whole batches
         pinned = self.device.type == "cuda" and self.loading.pin_memory
         self.model.eval()
+        layout = memory_format(self.model, self.device)
         parts = []  # stay on the device, which would have to be waited for
         for batch in evaluation_batches(images, size, 0, 1, workers, pinned):
             for _, why in batch.unreadable:
                 raise UserError(why)
             assert batch.images is not None
             with self.precision.autocast():
-                logits = logits_of(self.model(batch.images.to(self.device, non_blocking=True))).float()  # (B, C)
+                inputs = batch.images.to(self.device, non_blocking=True, memory_format=layout)
+                logits = logits_of(self.model(inputs)).float()  # (B, C)
             best = ranking(logits, top)
             parts.append((best, logits.softmax(-1).gather(-1, best), logits.isfinite().all(-1)))
         best, values, finite = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -224,7 +227,7 @@ def load_run(folder: Path, device: torch.device, precision: str = "fp32", loadin
         )
     load_checkpoint(model, folder)
     arithmetic = Precision(precision, device)
-    return Predictor(model.to(device), transform, info["classes"], device, arithmetic, loading or Loading())
+    return Predictor(place(model, device), transform, info["classes"], device, arithmetic, loading or Loading())
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:

@@ -51,6 +51,7 @@ from common.folders import (
 from common.log import say
 from common.lost import ProcessLost
 from common.metrics import write_tables
+from common.placement import compilation_explained, compile_model, place
 from common.predict import (
     Predictor,
     check_out,
@@ -141,10 +142,11 @@ def _long_names_explained() -> Iterator[None]:
 
 
 @contextmanager
-def _explain_memory(experiment: Experiment, recipe: Any, options: Options) -> Iterator[None]:
-    """A GPU that is too small for the batch."""
+def _explain_machine(experiment: Experiment, recipe: Any, options: Options) -> Iterator[None]:
+    """A GPU that is too small for the batch; a machine that cannot compile the model."""
     try:
-        yield
+        with compilation_explained(experiment.flag("compile")) if options.compile else nullcontext():
+            yield
     except torch.OutOfMemoryError as error:
         share = experiment.global_batch_size(recipe) // dist.size()
         half = "use --precision bf16, or " if options.precision == "fp32" else "or use "
@@ -260,12 +262,20 @@ def _train(
     session = Session(experiment, folder, recipe, options, overrides, seed, data, weights, device, precision)
     if dist.is_main() and not resume:
         write_text(folder / "model.json", json.dumps(model_info(session, model), indent=1))
-    with Lock(folder) if dist.is_main() else nullcontext(), _explain_memory(experiment, recipe, options):
+    with Lock(folder) if dist.is_main() else nullcontext(), _explain_machine(experiment, recipe, options):
         if dist.is_main():
             mark_launch(folder, launches)
-        trainer = _trainer(session, model.to(device), plan)
+        trainer = _trainer(session, _ready(model, device, options), plan)
         _say_plan(session, trainer)
         Training(session, trainer, resume, experiment.evaluate_every(recipe, plan)).run()
+
+
+def _ready(model: nn.Module, device: torch.device, options: Options) -> nn.Module:
+    """The model on the device, compiled where that was asked for."""
+    model = place(model, device)
+    if options.compile:
+        compile_model(model)
+    return model
 
 
 def _trainer(session: Session, model: nn.Module, plan: Plan) -> Trainer:
@@ -334,9 +344,10 @@ def _evaluate(
         f"{path}: {data.test.name} {data.test.split}, {len(data.test):,} images, {options.precision}, "
         f"{device_name(device)}"
     )
-    with _explain_memory(experiment, recipe, options):
-        tested, predictions = session.measure(model.to(device), data.test)
+    with _explain_machine(experiment, recipe, options):
+        tested, predictions = session.measure(_ready(model, device, options), data.test)
         validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
+    session.loading.close()
     results = {"checkpoint": {"val": validated, "test": tested}}
     excluded = [] if info is None else ["evaluation of a run that has a record of its own"]
     more = experiment.evaluated(session, model, predictions)
@@ -375,8 +386,9 @@ def _predict(
     say(f"model: {checkpoint.path}")
     if dist.is_main():
         loading = loading_of(experiment, checkpoint.recipe, options)
-        with _explain_memory(experiment, checkpoint.recipe, options):
-            ranked = Predictor(model.to(device), transform, classes, device, precision, loading)(paths, options.top)
+        with _explain_machine(experiment, checkpoint.recipe, options):
+            ready = _ready(model, device, options)
+            ranked = Predictor(ready, transform, classes, device, precision, loading)(paths, options.top)
         write_predictions(paths, ranked, classes, options.out)
 
 

@@ -124,6 +124,7 @@ class Training:
             self._say_goodbye(stopped.signal)
         finally:
             self.log.close()
+            self.session.loading.close()
 
     def _train(self) -> None:
         try:

@@ -52,7 +52,7 @@ def bilinear_pooling(features: Tensor, maps: Tensor) -> Tensor:
 def attended(maps: Tensor, thresholds: Tensor | float, size: int) -> Tensor:
     """Return where (B, S, S) the maps (B, h, w), resized bilinearly, exceed a share (B,) of their maximum."""
     pixels = F.interpolate(maps[:, None].float(), (size, size), mode="bilinear", align_corners=True).squeeze(1)
-    shares = torch.as_tensor(thresholds, device=maps.device).reshape(-1, 1, 1)
+    shares = thresholds.reshape(-1, 1, 1) if isinstance(thresholds, Tensor) else thresholds
     return pixels > shares * pixels.amax((1, 2), keepdim=True)
 
 

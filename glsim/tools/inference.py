@@ -237,7 +237,7 @@ def _batches(trained: Trained, images: dict[Path, Path], request: Request, pinne
     """The images in their order."""
     names, files = list(map(str, images)), list(images.values())
     asked = Images("inference", "input", names, files, [0] * len(files), ["?"], trained.transform)
-    return evaluation_batches(asked, request.batch_size, 0, 1, _helpers(request, len(files)), pinned)
+    return iter(evaluation_batches(asked, request.batch_size, 0, 1, _helpers(request, len(files)), pinned))
 
 
 def _helpers(request: Request, count: int) -> int:
