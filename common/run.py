@@ -37,7 +37,7 @@ from common.earlier import (
 )
 from common.engine import Objective, Trainer, cross_entropy
 from common.errors import UserError
-from common.experiment import Experiment, Options, checkpoint_gradients, make_model, read_data
+from common.experiment import Experiment, Options, checkpoint_gradients, keep_resized, make_model, read_data
 from common.files import write_text
 from common.folders import (
     Lock,
@@ -235,7 +235,7 @@ def _train(
     precision = experiment.precision(recipe, options, device)
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
-    data = read_data(experiment, recipe, options)
+    data = keep_resized(experiment, read_data(experiment, recipe, options), options)
     fingerprints = {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")}
     if folder is not None:
         check_data(folder, info["data"], fingerprints, recipe.data_root)
@@ -326,7 +326,7 @@ def _evaluate(
     if options.deterministic:
         make_deterministic()
     precision = experiment.precision(recipe, options, device)
-    data = read_data(experiment, recipe, options)
+    data = keep_resized(experiment, read_data(experiment, recipe, options), options)
     check_classes(path, info["classes"] if info else experiment.classes_of(path), data)
     model = trained_model(experiment, checkpoint, len(data.classes))
     folder = _new_folder(experiment, recipe, options)

@@ -90,19 +90,26 @@ def with_demo_data(demo_output: Path, folder: Path) -> Path:
     return folder / "runs"
 
 
-@pytest.mark.parametrize("step", [1, 3, 7])
+@pytest.mark.parametrize(("step", "first", "then"), [(1, False, False), (3, True, False), (7, False, True)])
 def test_killed_in_the_middle_of_an_epoch_and_resumed(
-    step: int, demo_output: Path, tmp_path: Path, whole: Outcome
+    step: int, first: bool, then: bool, demo_output: Path, tmp_path: Path, whole: Outcome
 ) -> None:
+    """With images kept or not before and after: they are the same."""
     output = with_demo_data(demo_output, tmp_path)
-    process = start("gft_food101.py", *SMALL, "--output", output, "--save-every", 2)
+    keeping = ("--cache-resized", tmp_path / "kept")
+    process = start("gft_food101.py", *SMALL, "--output", output, "--save-every", 2, *(keeping if first else ()))
     folder = wait_for_step(output, step, process)
     process.kill()
     process.communicate(timeout=30)
     assert not (folder / "record.json").exists()
     assert last_state(folder)["step"] % 2 == 0 or last_state(folder)["step"] == 5
-    resumed = run_script("gft_food101.py", *SMALL, "--output", output, "--resume")
+    kept = len([*tmp_path.glob("kept/*/*/*.rgb")])
+    assert bool(kept) == first
+    resumed = run_script("gft_food101.py", *SMALL, "--output", output, "--resume", *(keeping if then else ()))
     assert resumed.status == 0, resumed.err
+    assert ("--cache-resized: up to 0.0 GB of images in" in resumed.out) == then
+    assert (len([*tmp_path.glob("kept/*/*/*.rgb")]) > kept) == then
+    assert resumed.record["options"]["cache_resized"] == (str(tmp_path / "kept") if then else None)
     assert_same_run(folder, whole.folder)
 
 

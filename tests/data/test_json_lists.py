@@ -48,9 +48,9 @@ def test_equals_json_wherever_the_window_ends(whole: Any, chunk: int, indent: in
 @pytest.mark.parametrize(
     "text",
     [
-        '{"images": [1, 2]', '{"images": [1, 2}', '{"images": [1 2]}', '{"images": [1, 2],}', '{"images" [1]}', "{1: 2}",
-        '{"images": [1,]}', '{"images": [1]} x', '{"images": [{"a": }]}', '{"images": ["a', '{"images": [tru', "[1, 2", "x",
-        '{"images": [\n1,\n x]}', '{"other": [\n1,\n x], "images": []}',
+        '{"images": [1, 2]', '{"images": [1, 2}', '{"images": [1 2]}', '{"images": [1, 2],}', '{"images" [1]}', "x",
+        '{"images": [1,]}', '{"images": [1]} x', '{"images": [{"a": }]}', '{"images": ["a', '{"images": [tru', "[1, 2",
+        '{"images": [\n1,\n x]}', '{"other": [\n1,\n x], "images": []}', "{1: 2}",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("chunk", [1, 1000])
