@@ -53,6 +53,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.psm
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.data
 
 # The stamps are made last: an installation that was interrupted is taken up again.
 .venv/.installed: requirements.txt requirements.lock

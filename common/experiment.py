@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from common import dist
 from common.amp import Precision
 from common.data import Data, Images, prepare, write_demo
+from common.data.kept import Cache
 from common.data.loader import Order, Plan, shuffled
 from common.data.published import published
 from common.engine import Objective, cross_entropy
 from common.errors import UserError
-from common.log import Listener
+from common.log import Listener, say
 from common.metrics import Predictions
 from common.npz import missing_npz
 from common.provenance import alterations, has_batch_norm
@@ -43,6 +44,7 @@ class Options:
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the model: faster once the first minutes of compiling are over
     workers: int | None = None  # data-loading processes per training process; none: 4, or the cores if they are fewer
+    cache_resized: str | None = None  # keep images as resized in this folder: the same pixels, sooner from epoch 2 on
     pin_memory: bool = True  # page-locked memory on the way to a GPU
     eval_batch_size: int | None = None  # images per process in evaluation; none: the training batch size
     log_every: int = 50  # optimizer steps between two lines of log.jsonl
@@ -256,6 +258,17 @@ def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:
         return images.subset(range(min(options.limit or 0, len(images))))
 
     return Data(cut(data.train), cut(data.val), cut(data.test))
+
+
+def keep_resized(experiment: Experiment, data: Data, options: Options) -> Data:
+    """The same images, brought as --cache-resized says."""
+    if options.cache_resized is None:
+        return data
+    with dist.main_first():
+        cache = Cache(options.cache_resized, experiment.flag("cache_resized"))
+        if dist.is_main():
+            say(cache.plan(data))
+    return cache.of_all(data)
 
 
 def make_model(

@@ -18,14 +18,18 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(file)` on a temporary file and renames it to `path`; a failing disk is a UserError."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
+    """Calls `write(file)` on a temporary file and renames it to `path`; a failing disk is a UserError.
+
+    Not `durable`, it is not waited for the disk: a power cut may leave the file damaged, which who reads it has to see.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
         fault = _disk_fault(error)
@@ -38,7 +42,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with suppress(OSError):  # a read-only file system refuses even to look
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
 
 
 def _disk_fault(error: BaseException | None) -> OSError | None:

@@ -39,7 +39,7 @@ from common.earlier import (
 )
 from common.engine import Objective, Trainer, cross_entropy
 from common.errors import UserError
-from common.experiment import Experiment, Options, checkpoint_gradients, make_model, read_data
+from common.experiment import Experiment, Options, checkpoint_gradients, keep_resized, make_model, read_data
 from common.export import check_export, export
 from common.files import write_text
 from common.folders import (
@@ -241,7 +241,7 @@ def _train(
     precision = experiment.precision(recipe, options, device)
     if seed is None:  # the published script sets none: draw one, and keep it in the record
         seed = dist.broadcast(int.from_bytes(os.urandom(4), "little"))
-    data = read_data(experiment, recipe, options)
+    data = keep_resized(experiment, read_data(experiment, recipe, options), options)
     fingerprints = {name: getattr(data, name).fingerprint() for name in ("train", "val", "test")}
     if folder is not None:
         check_data(folder, info["data"], fingerprints, recipe.data_root)
@@ -334,7 +334,7 @@ def _evaluate(
     checkpoint = find_checkpoint(experiment, recipe, options, overrides)
     path, recipe, info, _ = checkpoint
     options, precision = _for_evaluation(experiment, recipe, options, device, chosen)
-    data = read_data(experiment, recipe, options)
+    data = keep_resized(experiment, read_data(experiment, recipe, options), options)
     check_classes(path, info["classes"] if info else experiment.classes_of(path), data)
     model = trained_model(experiment, checkpoint, len(data.classes))
     folder = _new_folder(experiment, recipe, options)

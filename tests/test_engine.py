@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torchvision.transforms import functional as TF
 
 from common.amp import Precision
 from common.data.images import Images
-from common.data.loader import Plan, seed_everything, seed_of, shuffled, training_batches
+from common.data.loader import Plan, seed_everything, seed_of, seed_transforms, shuffled, training_batches
 from common.engine import PATIENCE, Loading, Trainer, evaluate, means, ranking
 from common.errors import UserError
 
@@ -157,6 +158,18 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
     assert shuffled(50, 1)(1) == orders[3]
+
+
+def test_transforms_are_seeded_as_everything_is() -> None:
+    def drawn() -> tuple[float, ...]:
+        return torch.rand(()).item(), np.random.random(), random.random()  # noqa: NPY002 - the generator that is seeded
+
+    seed_everything(3, 1, 4)
+    expected = drawn()
+    seed_transforms(3, 1, 5)
+    assert not set(expected) & set(drawn())
+    seed_transforms(3, 1, 4)
+    assert drawn() == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

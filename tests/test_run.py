@@ -95,16 +95,20 @@ def with_demo_data(demo_output: Path, folder: Path) -> Path:
 
 
 def test_killed_in_the_middle_of_an_epoch_and_resumed(demo_output: Path, tmp_path: Path, whole: Outcome) -> None:
-    """By a bare --resume, which goes on with the newest run; kills at many moments are fault cases."""
+    """By a bare --resume, which goes on with the newest run; kills at many moments are fault cases. Images are kept
+    before and not after: they are the same."""
     output = with_demo_data(demo_output, tmp_path)
-    process = start("gft_food101.py", *SMALL, "--output", output, "--save-every", 2)
+    keeping = ("--cache-resized", tmp_path / "kept")
+    process = start("gft_food101.py", *SMALL, "--output", output, "--save-every", 2, *keeping)
     folder = wait_for_step(output, 3, process)
     process.kill()
     process.communicate(timeout=30)
     assert not (folder / "record.json").exists()
     assert last_state(folder)["step"] % 2 == 0 or last_state(folder)["step"] == 5
+    assert [*tmp_path.glob("kept/*/*/*.rgb")]
     resumed = run_script("gft_food101.py", *SMALL, "--output", output, "--resume")
     assert resumed.status == 0, resumed.err
+    assert resumed.record["options"]["cache_resized"] is None
     assert_same_run(folder, whole.folder)
 
 

@@ -12,13 +12,19 @@ from typing import Any
 
 from common.data.images import Images
 from common.data.published import DATA_SETS
-from common.data.tree import Tree
+from common.data.tree import Fields, Tree
 from common.errors import UserError
 from common.files import open_plain, write_text
 
 # Raised whenever the content of the index changes its meaning: older ones are then built anew.
 INDEX_FORMAT = 1
 ANNOTATIONS = "annotations/instances_{}.json"
+# What is read of it: polygons, which are most of the file, are not kept.
+FIELDS: Fields = {
+    "images": {"id": int, "file_name": str},
+    "annotations": {"id": int, "image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
 LISTS = {"ids": int, "files": str, "labels": int, "classes": str, "unlabelled": str}  # in an index
 
 
@@ -89,36 +95,25 @@ def _read_index(path: Path, key: dict[str, int]) -> dict[str, Any] | None:
 def _build_index(tree: Tree, annotations: str) -> dict[str, Any]:
     """Reads the annotation file: ids, file names and labels of the labelled images; names of the others."""
     path = tree.path / annotations
-    content = tree.json(annotations, "the annotation file", object_hook=_without_outline)
-    images = tree.table(annotations, content, "images", {"id": int, "file_name": str})
-    boxes = tree.table(annotations, content, "annotations", {"id": int, "image_id": int, "category_id": int})
-    categories = tree.table(annotations, content, "categories", {"id": int, "name": str})
-    del content
-
-    categories.sort(key=lambda category: category["id"])
-    classes = [category["name"] for category in categories]
+    tables = tree.tables(annotations, "the annotation file", FIELDS)
+    categories = sorted(tables["categories"])
+    classes = [name for _, name in categories]
     tree.require_unique(annotations, classes, "the category name")
-    number = {category["id"]: label for label, category in enumerate(categories)}
-    known = {image["id"] for image in images}
+    number = {category: label for label, (category, _) in enumerate(categories)}
+    known = {image for image, _ in tables["images"]}
     label_of: dict[int, int] = {}
-    for box in boxes:
-        for reference, table in (("image_id", known), ("category_id", number)):
-            if box[reference] not in table:
-                raise tree.damaged(path, f"has annotation {box['id']} with the unknown {reference} {box[reference]}")
-        label_of.setdefault(box["image_id"], number[box["category_id"]])
+    for box, image, category in tables["annotations"]:
+        for field, value, values in (("image_id", image, known), ("category_id", category, number)):
+            if value not in values:
+                raise tree.damaged(path, f"has annotation {box} with the unknown {field} {value}")
+        label_of.setdefault(image, number[category])
     if not label_of:
         raise tree.damaged(path, "has no annotation of any image")
-    labelled = [image for image in images if image["id"] in label_of]
+    labelled = [(image, file) for image, file in tables["images"] if image in label_of]
     return {
-        "ids": [image["id"] for image in labelled],
-        "files": [image["file_name"] for image in labelled],
-        "labels": [label_of[image["id"]] for image in labelled],
+        "ids": [image for image, _ in labelled],
+        "files": [file for _, file in labelled],
+        "labels": [label_of[image] for image, _ in labelled],
         "classes": classes,
-        "unlabelled": [image["file_name"] for image in images if image["id"] not in label_of],
+        "unlabelled": [file for image, file in tables["images"] if image not in label_of],
     }
-
-
-def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
-    """Drops polygons as they are parsed: they are most of the file, and several GB as Python objects."""
-    entry.pop("segmentation", None)
-    return entry

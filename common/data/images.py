@@ -185,6 +185,7 @@ class Images(Dataset[tuple[Any, int]]):
         self.classes = list(classes)
         self._transform = transform
         self._decode = decode
+        self._short: tuple[Decode, Transform | None] | None = None
         self._validate(len(paths))
         # Common root and rest, as strings: Path objects would weigh several times as much in every worker.
         strings = [os.fspath(path) for path in paths]
@@ -214,6 +215,11 @@ class Images(Dataset[tuple[Any, int]]):
         return self._transform
 
     @property
+    def decode(self) -> Decode:
+        """What makes an image of a path."""
+        return self._decode
+
+    @property
     def paths(self) -> list[Path]:
         """The file of each image (a new list: for one image take `path`)."""
         return [self.path(index) for index in range(len(self))]
@@ -226,8 +232,9 @@ class Images(Dataset[tuple[Any, int]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self._decode(self.path(index))
-        return (image if self._transform is None else self._transform(image)), self.labels[index]
+        decode, transform = self._short or (self._decode, self._transform)
+        image = decode(self.path(index))
+        return (image if transform is None else transform(image)), self.labels[index]
 
     def __repr__(self) -> str:
         return f"Images({self.name} {self.split}: {len(self):,} images, {len(self.classes)} classes)"
@@ -253,7 +260,16 @@ class Images(Dataset[tuple[Any, int]]):
     def with_transform(self, transform: Transform | None) -> "Images":
         """The same images under another transform; this object keeps its own."""
         other = copy.copy(self)
-        other._transform = transform
+        other._transform, other._short = transform, None
+        return other
+
+    def brought(self, decode: Decode, transform: Transform | None) -> "Images":
+        """The same images in a shorter way, which has to lead to what the present transform gives.
+
+        `transform` and `decode` stay what they are, and subsets and other transforms go the whole way.
+        """
+        other = copy.copy(self)
+        other._short = decode, transform
         return other
 
     def fingerprint(self) -> dict[str, str | int]:

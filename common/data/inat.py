@@ -4,7 +4,14 @@ from pathlib import Path
 
 from common.data.images import Images
 from common.data.published import DATA_SETS
-from common.data.tree import Tree
+from common.data.tree import Fields, Tree
+
+# What is read of an annotation file; an image has one annotation.
+FIELDS: Fields = {
+    "images": {"id": int, "file_name": str},
+    "annotations": {"image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
 
 
 def inat2017(root: str | Path, split: str) -> Images:
@@ -21,33 +28,29 @@ def inat2017(root: str | Path, split: str) -> Images:
     tree.names(".", "the folder of the data set")
     list_file = f"{split}2017.json"
     path = tree.path / list_file
-    content = tree.json(list_file, "the annotation file")
-    images = tree.table(list_file, content, "images", {"id": int, "file_name": str})
-    annotations = tree.table(list_file, content, "annotations", {"image_id": int, "category_id": int}, key="image_id")
-    categories = tree.table(list_file, content, "categories", {"id": int, "name": str})
-    del content
-    tree.require_unique(list_file, (image["file_name"] for image in images), "the image")
-
-    categories.sort(key=lambda category: category["id"])
-    number = {category["id"]: label for label, category in enumerate(categories)}
-    category_of = {annotation["image_id"]: annotation["category_id"] for annotation in annotations}
-    unknown = category_of.keys() - {image["id"] for image in images}
+    tables = tree.tables(list_file, "the annotation file", FIELDS)
+    images = tables["images"]
+    tree.require_unique(list_file, (file for _, file in images), "the image")
+    categories = sorted(tables["categories"])
+    number = {category: label for label, (category, _) in enumerate(categories)}
+    category_of = dict(tables["annotations"])
+    unknown = category_of.keys() - {image for image, _ in images}
     if unknown:
         raise tree.damaged(path, f"has an annotation with the unknown image_id {min(unknown)}")
-    for image in images:
-        category = category_of.get(image["id"])
+    for image, _ in images:
+        category = category_of.get(image)
         if category not in number:
             state = "no annotation" if category is None else f"the unknown category_id {category}"
-            raise tree.damaged(path, f"has {state} for the image {image['id']}")
+            raise tree.damaged(path, f"has {state} for the image {image}")
 
-    files = [image["file_name"] for image in images]
+    files = [file for _, file in images]
     tree.names("train_val_images", "the folder of the images")
     tree.require_images(list_file, ".", files)
     return Images(
         "inat2017",
         split,
-        ids=[str(image["id"]) for image in images],
+        ids=[str(image) for image, _ in images],
         paths=[f"{tree.path}/{file}" for file in files],
-        labels=[number[category_of[image["id"]]] for image in images],
-        classes=[category["name"] for category in categories],
+        labels=[number[category_of[image]] for image, _ in images],
+        classes=[name for _, name in categories],
     )

@@ -8,10 +8,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from common.data.json_lists import read_lists
 from common.data.matlab import read_matlab
 from common.data.published import Published
 from common.errors import UserError
@@ -20,6 +22,8 @@ from common.files import open_plain
 # A name that leads out of its folder, or could not be a line of a list.
 _OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\0-\x1f]")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+Fields = Mapping[str, Mapping[str, type]]  # list of a JSON file -> what each of its entries has; the first is unique
 
 
 def is_inside(name: str) -> bool:
@@ -83,10 +87,16 @@ class Tree:
 
     def content(self, relative: str, what: str) -> bytes:
         """The bytes of a file; UserError when it is missing or unreadable."""
+        with self.opened(relative, what) as file:
+            return file.read()
+
+    @contextmanager
+    def opened(self, relative: str, what: str) -> Iterator[BinaryIO]:
+        """A file to be read in the block; UserError when it is missing or unreadable."""
         file = self.path / relative
         try:
             with open_plain(file) as opened:
-                return opened.read()
+                yield opened
         except (FileNotFoundError, NotADirectoryError):
             raise self.missing(what, file) from None
         except OSError as error:
@@ -173,39 +183,61 @@ class Tree:
                 raise self.damaged(file, f"has in the variable {variable} an entry that is not one value") from None
         return lists
 
-    def json(self, relative: str, what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    def json(self, relative: str, what: str) -> Any:
         """A JSON file; errors as in `text`, and when it is cut short or not JSON."""
         text = self.text(relative, what)
         try:
-            content = json.loads(text, object_hook=object_hook)
+            content = json.loads(text)
             if _HALF_CHARACTER.search(text):  # without its other half it is no text: no file has such a name
                 json.dumps(content, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # a ValueError: numbers of thousands of digits
-            position = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise self.damaged(self.path / relative, f"is cut short or not JSON{position}") from None
+            raise self._not_json(relative, error) from None
         return content
 
-    def table(
-        self, relative: str, content: Any, name: str, fields: dict[str, type], key: str = "id"
-    ) -> list[dict[str, Any]]:
-        """The list `name` in the content of a JSON file.
+    def tables(self, relative: str, what: str, fields: Fields) -> dict[str, list[tuple[Any, ...]]]:
+        """Lists of a JSON file by name, of each entry the values of the `fields` alone; errors as in `json`.
 
         Raises:
-            UserError: there is no such list, an entry lacks one of the `fields`, or two have the same `key`.
+            UserError: a list is not there or empty, an entry lacks a field, or two have the same value of the first.
         """
         path = self.path / relative
-        if not isinstance(content, dict):
-            raise self.damaged(path, f"is not an object with a list of {name}")
-        table = content.get(name)
-        if not isinstance(table, list) or not table:
-            raise self.damaged(path, f"has no list of {name}")
-        for position, entry in enumerate(table):
-            for field, kind in fields.items():
-                # type(), not isinstance(): true and false are no ids.
-                if not isinstance(entry, dict) or type(entry.get(field)) is not kind:
-                    raise self.damaged(path, f"has no {field} in entry {position} of {name}")
-        self.require_unique(relative, (entry[key] for entry in table), f"in {name} the {key}")
-        return table
+
+        def maker(name: str) -> Callable[[int, Any], tuple[Any, ...]]:
+            kinds = fields[name].items()
+
+            def make(position: int, entry: Any) -> tuple[Any, ...]:
+                values = []
+                for field, kind in kinds:
+                    value = entry.get(field) if isinstance(entry, dict) else None
+                    if type(value) is not kind:  # not isinstance(): true and false are no ids
+                        raise self.damaged(path, f"has no {field} in entry {position} of {name}")
+                    if isinstance(value, str):
+                        value.encode()  # a ValueError for half a character: no file has such a name
+                    values.append(value)
+                return tuple(values)
+
+            return make
+
+        try:
+            with self.opened(relative, what) as file:
+                lists = read_lists(file, {name: maker(name) for name in fields})
+        except UnicodeDecodeError:
+            raise self.damaged(path, "is not a text file") from None
+        except EOFError:
+            raise self.damaged(path, "is empty") from None
+        except (ValueError, RecursionError) as error:
+            raise self._not_json(relative, error) from None
+        if lists is None:
+            raise self.damaged(path, f"is not an object with a list of {next(iter(fields))}")
+        for name, (key, *_) in fields.items():
+            if not lists.get(name):
+                raise self.damaged(path, f"has no list of {name}")
+            self.require_unique(relative, (entry[0] for entry in lists[name]), f"in {name} the {key}")
+        return lists
+
+    def _not_json(self, relative: str, error: Exception) -> UserError:
+        position = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        return self.damaged(self.path / relative, f"is cut short or not JSON{position}")
 
     def require_unique(self, relative: str, values: Iterable[Any], what: str) -> None:
         """Raises UserError when a value occurs twice in the file `relative`; `what` names one value."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torchvision.datasets import Flowers102
 
+from common.data.inat import FIELDS
 from common.data.published import DATA_SETS, Published
 from common.data.tree import Tree
 from common.errors import UserError
@@ -214,21 +215,16 @@ def _inat17(tree: Source) -> Annotations:
     lists: list[list[Row]] = []
     names: dict[int, str] = {}
     for file in ("train2017.json", "val2017.json"):
-        content = tree.json(file, "an annotation file")
-        images = tree.table(file, content, "images", {"id": int, "file_name": str})
-        fields: dict[str, type] = {"image_id": int, "category_id": int}
-        annotations = tree.table(file, content, "annotations", fields, key="image_id")
-        categories = tree.table(file, content, "categories", {"id": int, "name": str})
-        categories.sort(key=lambda category: category["id"])
-        number = {category["id"]: class_id for class_id, category in enumerate(categories)}
-        category_of = {annotation["image_id"]: annotation["category_id"] for annotation in annotations}
-        for image in images:
-            if category_of.get(image["id"]) not in number:
-                raise tree.damaged(tree.path / file, f"has no annotation of a known category for image {image['id']}")
-        lists.append(
-            [(number[category_of[image["id"]]], image["file_name"].removeprefix(f"{tree.images}/")) for image in images]
-        )
-        names |= {class_id: category["name"] for class_id, category in enumerate(categories)}
+        tables = tree.tables(file, "an annotation file", FIELDS)
+        categories = sorted(tables["categories"])
+        number = {category: class_id for class_id, (category, _) in enumerate(categories)}
+        category_of = dict(tables["annotations"])
+        for image, _ in tables["images"]:
+            if category_of.get(image) not in number:
+                raise tree.damaged(tree.path / file, f"has no annotation of a known category for image {image}")
+        rows = ((number[category_of[image]], name) for image, name in tables["images"])
+        lists.append([(class_id, name.removeprefix(f"{tree.images}/")) for class_id, name in rows])
+        names |= {class_id: name for class_id, (_, name) in enumerate(categories)}
     return Annotations(lists[0], lists[1], names)
 
 

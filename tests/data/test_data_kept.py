@@ -1,0 +1,267 @@
+"""common.data.kept, --cache-resized: the same pixels on every published way, and none that are old or damaged."""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import PIL
+import pytest
+import torch
+from faults.image_kinds import KINDS, Kind
+from PIL import Image
+from tiny_trees import write_image
+from torchvision import transforms as T
+
+from benchmarks.data import photograph, published_transforms
+from common.data import BadImage, Data, Images, cifar10, kept
+from common.data.kept import Cache, Keep
+from common.data.loader import Plan, evaluation_batches, shuffled, training_batches
+from common.errors import UserError
+
+RESIZED = T.Compose([T.Resize((20, 30)), T.RandomHorizontalFlip(), T.ToTensor()])
+Usage = namedtuple("Usage", "total used free")
+
+
+def pictures(folder: Path, count: int = 4, transform: Any = RESIZED) -> Images:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            photograph((48, 36), number).save(path, quality=90)
+    return Images("toy", "train", [path.name for path in paths], paths, [0] * count, ["one"], transform)
+
+
+def entries(place: Path) -> list[Path]:
+    return sorted(place.glob("*/*/*.rgb"))
+
+
+def batches(images: Images, workers: int = 0) -> list[torch.Tensor]:
+    """Two epochs of training and one evaluation."""
+    plan = Plan(shuffled(len(images), 1), len(images), 2)
+    train = training_batches(images, plan, 7, range(2 * plan.steps_per_epoch), workers, False)
+    return [batch.images for run in (train, evaluation_batches(images, 3, 0, 1, workers, False)) for batch in run]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) > 0 and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_every_published_transform_gives_the_same(demo_root: Path, tmp_path: Path) -> None:
+    transforms = published_transforms(demo_root)
+    assert len(transforms) > 12
+    for number, transform in enumerate(transforms.values()):
+        images = pictures(tmp_path / "images", 2, transform)
+        place = tmp_path / str(number)
+        found = batches(Cache(place).of(images))
+        assert equal(found, batches(images)), transform
+        assert len(entries(place)) == 2
+        assert equal(batches(Cache(place).of(images)), found), transform
+
+
+def test_from_the_second_time_on_no_image_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Cache(tmp_path / "kept").of(pictures(tmp_path / "images"))
+    expected = batches(images)
+    monkeypatch.setattr(kept, "load_image", None)
+    assert equal(batches(images), expected)
+    assert images.transform is RESIZED
+
+
+def test_the_whole_image_is_kept_where_no_resize_comes_first(tmp_path: Path) -> None:
+    cropped = T.Compose([T.RandomResizedCrop(16), T.ToTensor()])
+    images = pictures(tmp_path / "images", transform=cropped)
+    cache = Cache(tmp_path / "kept")
+    assert equal(batches(cache.of(images)), batches(images))
+    assert Image.frombytes("RGB", (48, 36), entries(cache.place)[0].read_bytes()[-48 * 36 * 3 :]) is not None
+    assert "train whole, because the transform does not begin with a resize" in cache.plan(Data(images, images, images))
+    bare = images.with_transform(None)
+    assert cache.of(bare)[0][0].tobytes() == bare[0][0].tobytes()
+
+
+def _twice(place: Path, images: Images, seen: Any) -> None:
+    seen.put([batch.sum().item() for _ in range(2) for batch in batches(Cache(place).of(images), workers=1)])
+
+
+def test_processes_with_workers_of_their_own_share_a_folder(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 12)
+    expected = [batch.sum().item() for _ in range(2) for batch in batches(images)]
+    context = multiprocessing.get_context("fork")
+    seen = context.Queue()
+    processes = [context.Process(target=_twice, args=(tmp_path / "kept", images, seen)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [seen.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [expected] * 2
+    assert len(entries(tmp_path / "kept")) == 12
+    assert not list((tmp_path / "kept").rglob("*.tmp"))
+
+
+def _flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: b"", lambda c: c[:10], lambda c: c[:-1], lambda c: c + b"x", lambda c: _flip(c, 2000)]
+    + [lambda c, at=at: _flip(c, at) for at in (0, 16, 20, 24, -1)]
+    + [lambda c: c[:16] + c[20:24] + c[16:20] + c[24:]],  # width and height change places
+)
+def test_a_damaged_entry_is_made_anew(damage: Any, tmp_path: Path) -> None:
+    images = Cache(tmp_path / "kept").of(pictures(tmp_path / "images", 2))
+    expected = batches(images)
+    first, second = entries(tmp_path / "kept")
+    whole = first.read_bytes()
+    first.write_bytes(damage(whole))
+    assert equal(batches(images), expected)
+    assert first.read_bytes() == whole
+    shutil.copy(second, first)  # that of another image
+    assert equal(batches(images), expected)
+    assert first.read_bytes() == whole
+
+
+def test_an_entry_of_a_changed_image_is_made_anew(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 2)
+    cached = Cache(tmp_path / "kept").of(images)
+    before = batches(cached)
+    path = images.path(0)
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 0x55  # in the pixels; the size stays
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # and so does the time
+    assert equal(batches(cached), batches(images))
+    assert not equal(batches(cached), before)
+    photograph((50, 40), 9).save(path)
+    assert equal(batches(cached), batches(images))
+    assert len(entries(tmp_path / "kept")) == 2
+
+
+def test_another_resize_or_version_has_other_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "kept")
+    images = pictures(tmp_path / "images", 1)
+    for transform in (RESIZED, *(T.Compose([T.Resize(*how), T.ToTensor()]) for how in ((20,), ((20, 30), 3)))):
+        other = images.with_transform(transform)
+        assert equal(batches(cache.of(other)), batches(other))
+    assert len(entries(cache.place)) == 3
+    monkeypatch.setattr(PIL, "__version__", "0")
+    assert equal(batches(cache.of(images)), batches(images))
+    assert len(entries(cache.place)) == 4
+
+
+def _outcome(images: Images) -> Any:
+    try:
+        image, _ = images[0]
+    except BadImage as error:
+        return str(error)
+    return image.size, image.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_what_becomes_of_a_kind_of_image_is_the_same(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind.make(tmp_path / "image.jpg")
+    images = Images("toy", "test", ["a"], [tmp_path / "image.jpg"], [0], ["one"], T.Compose([T.Resize((8, 9))]))
+    cache = Cache(tmp_path / "kept")
+    assert [_outcome(cache.of(images)) for _ in range(2)] == [_outcome(images)] * 2
+    assert len(entries(cache.place)) == isinstance(_outcome(images), tuple)
+
+
+def test_an_image_that_is_gone_is_a_bad_image(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 2)
+    cached = Cache(tmp_path / "kept").of(images)
+    batches(cached)
+    images.path(0).unlink()
+    assert "there is no such file" in _outcome(cached)
+    assert _outcome(cached) == _outcome(images)
+
+
+def test_subsets_and_other_transforms_go_the_whole_way(tmp_path: Path) -> None:
+    images = Cache(tmp_path / "kept").of(pictures(tmp_path / "images", 3, T.Compose([T.Resize((9, 9))])))
+    images.subset([1])[0]
+    assert images.with_transform(T.Resize((5, 5)))[0][0].size == (5, 5)
+    assert not entries(tmp_path / "kept")
+    assert pickle.loads(pickle.dumps(images))[2][0].size == (9, 9)  # as for workers that are spawned
+    assert len(entries(tmp_path / "kept")) == 1
+
+
+# The disk
+
+
+def test_what_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(tmp_path / "images", 4)
+    data = Data(images, images.subset(range(2), "val"), images.subset(range(2, 4), "test"))
+    cache = Cache(tmp_path / "kept", "--cache_resized")
+    assert cache.plan(data).startswith(f"--cache_resized: up to 0.0 GB of images in {cache.place}, ")
+    needed = 8 * (28 + 20 * 30 * 3)
+    free = kept.RESERVE + needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free))
+    cache.plan(data)
+    free -= 1
+    with pytest.raises(UserError, match=r"^--cache_resized .*kept: 0\.0 GB of images are still to come, 2\.1 GB are"):
+        cache.plan(data)
+    free += 1
+    for split in (data.train, data.val, data.test):
+        batches(cache.of(split))
+    free = kept.RESERVE + 10
+    cache.plan(data)  # nothing is to come
+
+
+def test_a_full_disk_costs_the_gain_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = pictures(tmp_path / "images")
+    cached = Cache(tmp_path / "kept").of(images)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, kept.RESERVE + 20 * 30 * 3 - 1))
+    assert equal(batches(cached), batches(images))
+    assert not entries(tmp_path / "kept")
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.undo()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert equal(batches(Cache(tmp_path / "kept").of(images)), batches(images))
+    assert "No space left on device" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--cache-resized .*file: nothing can be written there \(File exists\)"):
+        Cache(tmp_path / "file")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 1)
+    cache = Cache(tmp_path / "kept")
+    batches(cache.of(images))
+    (entry,) = entries(cache.place)
+    left = entry.with_name(f".{entry.name}.{2**22 + 1}.tmp")  # above the largest number of a process
+    left.touch()
+    cache.plan(Data(images, images, images))
+    assert not left.exists()
+    assert entry.exists()
+
+
+def test_unreadable_images_do_not_keep_the_plan_from_being_made(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 2)
+    images.path(0).write_bytes(b"")
+    keep = Keep(tmp_path, T.Resize((20, 30)))
+    assert keep.bytes_each(images) == 28 + 20 * 30 * 3
+    write_image(images.path(0))
+    assert Keep(tmp_path, T.Resize(12)).bytes_each(images) == 28 + 3 * (12 * 16)
+
+
+def test_images_in_memory_stay_there(demo_root: Path, tmp_path: Path) -> None:
+    images = cifar10(demo_root, "test").with_transform(RESIZED)
+    cache = Cache(tmp_path / "kept")
+    assert cache.of(images) is images
+    assert "changes nothing: the images of cifar10 are in memory" in cache.plan(Data(images, images, images))
