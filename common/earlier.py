@@ -30,10 +30,8 @@ def check_kept(chosen: dict[str, Any], info: dict[str, Any], folder: Path) -> No
         then = info["options"].get(name, getattr(Options, name))  # runs of an earlier version lack later options
         if chosen.get(name, then) != then:
             flag = f"--{name.replace('_', '-')}"
-            started = f"with {flag}" + ("" if then is True else f" {then}") if then else f"without {flag}"
-            again = f"{flag} {chosen[name]}"
-            if isinstance(chosen[name], bool):
-                again = flag if chosen[name] else f"--no-{flag[2:]}"
+            started = f"with {flag} {then}" if then else f"without {flag}"
+            again = flag if chosen[name] is True else f"{flag} {chosen[name]}"
             raise UserError(f"{folder} was started {started}: resume it without {again}")
 
 

@@ -51,7 +51,7 @@ def compilation_explained(flag: str) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join(str(error).partition("\n\n")[0].split())  # the rest is advice for developers of torch
         raise UserError(
             f"{flag}: the model cannot be compiled here ({reason}): install a C++ compiler (with a GPU also Triton), "
             "or leave it out"

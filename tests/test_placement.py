@@ -139,7 +139,7 @@ def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, evaluation and prediction equal those of a run that is not, and a resumed run is compiled too."""
+    """It trains and evaluates as one that is not, which cannot go on compiled."""
     torch._dynamo.reset()
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
@@ -166,10 +166,10 @@ def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPat
     records = [run.record["results"]["best"]["test"] for run in (plain, outcome)]
     assert records[0]["correct"] == records[1]["correct"]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-4)
-    (outcome.folder / "record.json").unlink()
-    again = run_script("densenet169_food101.py", *small, "--resume", outcome.folder, "--no-compile")
+    (plain.folder / "record.json").unlink()
+    again = run_script("densenet169_food101.py", *small, "--resume", plain.folder, "--compile")
     assert again.status == 1
-    assert "was started with --compile: resume it without --no-compile" in again.err
+    assert "was started without --compile: resume it without --compile" in again.err
 
 
 def test_a_machine_without_a_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
