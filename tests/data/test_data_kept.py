@@ -18,7 +18,7 @@ from tiny_trees import write_image
 from torchvision import transforms as T
 
 from benchmarks.data import photograph, published_transforms
-from common.data import BadImage, Data, Images, cifar10, kept
+from common.data import BadImage, Data, Images, kept
 from common.data.kept import Cache, Keep
 from common.data.loader import Plan, evaluation_batches, shuffled, training_batches
 from common.errors import UserError
@@ -279,8 +279,8 @@ def test_unreadable_images_do_not_keep_the_plan_from_being_made(tmp_path: Path) 
     assert Keep(tmp_path, T.Compose([T.Resize(12)])).bytes_each(images) == 28 + 3 * (12 * 16)
 
 
-def test_images_in_memory_stay_there(demo_root: Path, tmp_path: Path) -> None:
-    images = cifar10(demo_root, "test").with_transform(RESIZED)
+def test_images_that_are_no_files_stay_as_they_are(tmp_path: Path) -> None:
+    images = Images("cifar10", "test", ["a"], ["test/0"], [0], ["one"], RESIZED, decode=lambda _: photograph((9, 9), 0))
     cache = Cache(tmp_path / "kept")
     assert cache.of(images) is images
     assert "changes nothing: the images of cifar10 are in memory" in cache.plan(Data(images, images, images))
