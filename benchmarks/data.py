@@ -1,4 +1,4 @@
-"""Cost of bringing an image: decoded and transformed, on one core, beside torchvision's ImageFolder in the same run.
+"""Cost of bringing an image: decoded and transformed by one core, beside torchvision's ImageFolder in the same run.
 
     python -m benchmarks.data                              every published transform, JPEGs of two sizes
     python -m benchmarks.data --only FFVT --rounds 15      those whose name contains a text
@@ -7,7 +7,8 @@
 `floor` is ImageFolder with the same transform, `ours` what a data worker does: seeding, checks, decoding, transform.
 `first` and `kept` are that with --cache-resized: an epoch that fills the folder, and a later one. Each image goes
 through all four in turn, from one seed; their tensors have to be equal, and the median of the rounds counts.
-The files are in the system's page cache: what a disk or a network adds comes on top. FFVT's CIFAR has no files.
+Seconds are those of the processor, which other programs on the machine change little. The files are in the system's
+page cache: what a disk or a network adds comes on top. FFVT's CIFAR has no files.
 
 COCO: an annotation file of train2017's size is indexed, and the index read again, each in a process of its own;
 `MB` is by how much its memory grew at the peak.
@@ -90,7 +91,7 @@ def published_transforms(folder: Path) -> dict[str, Transform]:
 
 
 def photograph(size: tuple[int, int], number: int) -> Image.Image:
-    """Waves of many lengths, the longer the stronger, and grain: a JPEG of it is as large as one of a photograph."""
+    """Waves of many lengths, the longer the stronger, and grain: a JPEG of quality 90 takes about 2.5 bits a pixel."""
     width, height = size
     draw = np.random.default_rng(number)
     y, x = np.mgrid[0:height, 0:width] / width
@@ -114,7 +115,7 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 
 def measure(root: Path, transform: Transform, rounds: int, scratch: Path) -> dict[str, float]:
-    """Seconds an image in each of WAYS: the mean over the images in `root` of the median over the rounds."""
+    """Processor seconds an image in each of WAYS: the mean over the images in `root` of the median over the rounds."""
     floor = ImageFolder(str(root), transform)
     paths = [path for path, _ in floor.samples]
     names = [Path(path).name for path in paths]
@@ -139,12 +140,12 @@ def measure(root: Path, transform: Transform, rounds: int, scratch: Path) -> dic
 
 
 def _bring(images: Any, index: int, seed: int | None) -> tuple[Any, float]:
-    """An image, and the seconds it took: seeding, which ours has to do for each, among them."""
-    start = time.perf_counter()
+    """An image, and the processor seconds it took: seeding, which ours has to do for each, among them."""
+    start = time.process_time()
     if seed is not None:
         seed_transforms(seed, index)
     image, _ = images[index]
-    return image, time.perf_counter() - start
+    return image, time.process_time() - start
 
 
 def write_coco(root: Path, images: int, unlabelled: int, boxes: int) -> Path:
@@ -175,7 +176,7 @@ def write_coco(root: Path, images: int, unlabelled: int, boxes: int) -> Path:
 
 
 def start_coco(root: str) -> dict[str, float | int | None]:
-    """What reading the split takes: seconds, bytes of memory at the peak, and how many images came of it."""
+    """What reading the split takes: seconds on the clock, bytes of memory at the peak, number of images."""
     memory = Memory(torch.device("cpu"))
     memory.start()
     start = time.perf_counter()

@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 CHUNK = 1 << 20  # characters that are read at once
 _SPACE = re.compile(r"[ \t\n\r]*")
+_BEHIND = frozenset(",]}: \t\n\r")  # what may follow a value
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -90,7 +91,8 @@ class _Text:
                     continue
                 error.lineno += self.lines
                 raise
-            if end < len(self.window) or not self._grow():  # a number may go on
+            # A number may go on beyond the window, as 1.5 does after 1 and after "1.".
+            if self.window[end : end + 1] in _BEHIND or not self._grow():
                 self.at = end
                 return value
 

@@ -1,12 +1,14 @@
-"""Images as they are after decoding and the resize that their transform begins with, kept on disk (--cache-resized).
+"""Images as they are after decoding and the resize (and centre crop) that their transform begins with, kept on disk.
 
-What comes back has the pixels that would be computed, bit for bit: they are kept raw, with a checksum and a digest of
-all that they depend on. An entry that is damaged, cut short or of a file that has changed is made anew.
+--cache-resized says where. What comes back has the pixels that would be computed, bit for bit: they are kept raw, with
+a checksum and a digest of all that they depend on. An entry that is damaged, cut short or of a file that has changed is
+made anew.
 
     DIR/224x224-<versions>/<two digits>/<image>.rgb        the last three names are hashes
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 import struct
@@ -42,7 +44,7 @@ class Keep:
     """
 
     folder: Path
-    resize: T.Resize | None
+    resize: T.Compose | None
     full: bool = False  # nothing more is kept
 
     def __call__(self, path: Path) -> Image.Image:
@@ -119,12 +121,12 @@ def _checksum(digest: bytes, size: tuple[int, int], pixels: bytes) -> int:
     return zlib.crc32(pixels, zlib.crc32(repr((digest, size)).encode()))
 
 
-def _split_off(transform: Transform | None) -> tuple[T.Resize | None, Transform | None]:
-    """The resize that a transform begins with, if it does, and the rest of it."""
+def _split_off(transform: Transform | None) -> tuple[T.Compose | None, Transform | None]:
+    """What a transform that begins with a resize does before chance comes in, and the rest of it."""
     if not isinstance(transform, T.Compose) or type(transform.transforms[0]) is not T.Resize:
         return None, transform
-    resize, *rest = transform.transforms
-    return resize, T.Compose(rest)
+    fixed = list(itertools.takewhile(lambda step: type(step) in (T.Resize, T.CenterCrop), transform.transforms))
+    return T.Compose(fixed), T.Compose(transform.transforms[len(fixed) :])
 
 
 class Cache:
@@ -188,14 +190,13 @@ class Cache:
         return Keep(_folder(self.place, resize), resize)
 
 
-def _folder(place: Path, resize: T.Resize | None) -> Path:
+def _folder(place: Path, resize: T.Compose | None) -> Path:
     """The folder of images that are resized in this way, by these versions."""
     versions = [PIL.__version__, torchvision.__version__, *map(features.version, CODECS)]
     depends = hashlib.blake2b(repr((FORMAT, repr(resize), versions)).encode(), digest_size=4).hexdigest()
-    if resize is None:
-        return place / f"whole-{depends}"
-    size = resize.size if isinstance(resize.size, Sequence) else [resize.size]
-    return place / f"{'x'.join(map(str, size))}-{depends}"
+    sizes = [step.size for step in resize.transforms] if resize is not None else []
+    names = ["x".join(map(str, size)) if isinstance(size, Sequence) else str(size) for size in sizes]
+    return place / "-".join([*(names or ["whole"]), depends])
 
 
 def _gigabytes(count: float) -> str:

@@ -182,6 +182,7 @@ BAD_CONTENT: dict[str, tuple[dict[str, Any] | list[Any], str]] = {
     "annotation id twice": (_changed(lambda c: c["annotations"][1].update(id=20)), "in annotations the id 20 2 times"),
     "category id twice": (_changed(lambda c: c["categories"][1].update(id=90)), "in categories the id 90 2 times"),
     "category name twice": (_changed(lambda c: c["categories"][1].update(name="cat")), "name cat 2 times"),
+    "half a character": (_changed(lambda c: c["images"][2].update(file_name="\udc80.jpg")), "is cut short or not JSON"),
     "unknown category": (
         _changed(lambda c: c["annotations"][4].update(category_id=3)),
         "annotation 3 with the unknown category_id 3",
