@@ -60,14 +60,14 @@ class Log:
         from_step: int,
         wandb: bool,
         config: dict[str, Any],
-        listener: Listener | None = None,
+        listener: Callable[[], Listener] = Listener,
         evaluation_due: bool = False,
     ) -> None:
         """A run that goes on from `from_step`, with the evaluation of that step if `evaluation_due`."""
         self.active = dist.is_main()
         self.wandb: Any = None
-        self.listener = listener or Listener()
         if not self.active:
+            self.listener = Listener()
             return
         self.path = folder / "log.jsonl"
         if self.path.exists():
@@ -76,6 +76,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.before, threading.excepthook = threading.excepthook, _without_tensorboard(threading.excepthook)
+        self.listener = listener()  # here: its curves may meet a full disk too
         with self._explain():
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
         if wandb:
@@ -117,7 +118,7 @@ class Log:
                     self.board.close()
             finally:
                 self.listener.close()
-                threading.excepthook = self.before
+            threading.excepthook = self.before  # not behind an error: that thread may be about to speak
             if self.wandb is not None:
                 self.wandb.finish()
 

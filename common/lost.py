@@ -24,11 +24,11 @@ ROLL_CALL = 5.0  # seconds in which those that are left answer: a time-out reach
 # How gloo (torch 2.6 to 2.15) and NCCL say that another process is gone. gloo's "enforce fail at" is a defect of ours.
 _GONE = re.compile(
     r"\[\S*gloo/transport/\S+:\d+\] (?:Connection closed by peer|Read (?:error|timeout)|Write timeout|writev"
-    r"|Socket (?:unexpectedly )?closed|Application timeout caused pair closure|Timed out waiting)"
-    r"|Gloo connectFullMesh failed|ncclRemoteError|NCCL communicator was aborted"
-    r"|Watchdog caught collective operation timeout"
+    r"|Socket (?:unexpectedly )?closed|Timed out waiting)"
+    r"|Application timeout caused pair closure|Gloo connectFullMesh failed"
+    r"|ncclRemoteError|NCCL communicator was aborted|Watchdog caught collective operation timeout"
 )
-_TIME_OUT = re.compile(r"Timed out waiting|wait timeout|collective operation timeout")
+_TIME_OUT = re.compile(r"Timed out waiting|wait timeout|Application timeout|collective operation timeout")
 
 
 class ProcessLost(UserError):

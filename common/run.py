@@ -38,7 +38,7 @@ from common.earlier import (
     trained_model,
 )
 from common.engine import Objective, Trainer, cross_entropy
-from common.errors import UserError
+from common.errors import UserError, brief
 from common.experiment import Experiment, Options, checkpoint_gradients, keep_resized, make_model, read_data
 from common.export import check_export, export
 from common.files import write_text
@@ -200,9 +200,11 @@ def _check_numbers(experiment: Experiment, recipe: Any, options: Options) -> Non
         for name, value in vars(fields).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not (math.isfinite(value) and (value >= 0 if name in may_be_zero else value > 0)):
+            if isinstance(value, int) and value >= 1 << 63:
+                raise UserError(f"{experiment.flag(name)} {brief(value)}: expected less than 2^63")
+            if not (value >= 0 if name in may_be_zero else value > 0) or value == math.inf:
                 least = "0 or more" if name in may_be_zero else "more than 0"
-                raise UserError(f"{experiment.flag(name)} {value}: expected {least}")
+                raise UserError(f"{experiment.flag(name)} {brief(value)}: expected {least}")
 
 
 def _train(

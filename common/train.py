@@ -5,6 +5,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -96,7 +97,7 @@ class Training:
     def _open_log(self) -> Log:
         session, step = self.session, self.trainer.step
         config = {"script": session.experiment.name, "seed": session.seed, **dataclasses.asdict(session.recipe)}
-        listener = session.experiment.listener(session, step) if dist.is_main() else None
+        listener = partial(session.experiment.listener, session, step)
         return Log(session.folder, step, session.options.wandb, config, listener, self._evaluation_due)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from common import log as log_module
 from common.errors import UserError
@@ -156,8 +157,8 @@ def test_a_disk_that_is_full_when_tensorboard_writes_is_one_sentence(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    before = threading.excepthook
-    log = Log(tmp_path, 0, False, {}, Closed())
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # an error leaves it changed
+    log = Log(tmp_path, 0, False, {}, Closed)
     monkeypatch.setattr(RecordWriter, "write", fail)
 
     def train() -> None:
@@ -169,7 +170,27 @@ def test_a_disk_that_is_full_when_tensorboard_writes_is_one_sentence(
     with pytest.raises(UserError, match=r"tensorboard/ .* cannot be written \(No space left on device\)"):
         train()
     assert closed == [True]
-    assert threading.excepthook is before
+    time.sleep(0.1)  # for the thread, had it anything to say
+    assert capfd.readouterr().err == ""
+
+
+def test_a_disk_that_is_full_for_a_listeners_curves_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def listener() -> Listener:
+        board = SummaryWriter(str(tmp_path / "curves"))
+        while True:  # until that thread has noticed
+            board.add_scalar("loss", 1.0, 1)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        Log(tmp_path, 0, False, {}, listener)
+    time.sleep(0.1)
     assert capfd.readouterr().err == ""
 
 

@@ -18,6 +18,7 @@ GONE = [
     GLOO + "tls/pair.cc:120] Connection closed by peer [127.0.0.1]:9101",
     GLOO + "unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation to complete",
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:144] Application timeout caused pair closure",
+    "Application timeout caused pair closure",
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 6000ms for",
     "Gloo connectFullMesh failed with [" + GLOO + "pair.cc:147] no error",
 ]

@@ -43,6 +43,7 @@ from hypothesis.strategies import SearchStrategy
 
 from common.errors import UserError, on_one_line
 from faults.cases import Case
+from faults.fuzz_bytes import flip_bits
 
 CPU_LIMIT = 5.0  # seconds of computing that a case may take
 CLOCK_LIMIT = 60  # seconds of waiting: a busy machine is no hang
@@ -198,7 +199,10 @@ def contents(target: Target, number: int, count: int, seeds: Sequence[bytes]) ->
 def _mutated(target: Target, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     content = rng.choice(seeds)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        content = rng.choice(target.mutators)(rng, content, seeds)
+        try:
+            content = rng.choice(target.mutators)(rng, content, seeds)
+        except RecursionError:  # what the mutation before this one has nested cannot be copied
+            content = flip_bits(rng, content, seeds)
     return content
 
 
@@ -392,8 +396,9 @@ def _fuzz(targets: Sequence[Target], cases: int, jobs: int, first: int) -> dict[
     found = {target.title: Figures() for target in targets}
     share = cases / sum(target.weight for target in targets)
     blocks: list[tuple[Target, int, int]] = []
+    counts: dict[str, int] = {}
     for target in targets:
-        count = round(share * target.weight)
+        count = counts[target.title] = round(share * target.weight)
         blocks += [(target, first + n, min(BLOCK, count - n * BLOCK)) for n in range(-(-count // BLOCK))]
     lanes = [Lane() for _ in range(jobs)]
     # Every lane is fed by a thread of its own.
@@ -406,6 +411,9 @@ def _fuzz(targets: Sequence[Target], cases: int, jobs: int, first: int) -> dict[
                 for failure in figures.failures:
                     print(failure, file=sys.stderr, flush=True)
                 found[target.title].add(figures)
+                if found[target.title].cases >= counts[target.title]:
+                    failed = len(found[target.title].failures)
+                    print(f"{target.title}: {found[target.title].cases:,} cases, {failed} failed", file=sys.stderr)
 
     with ThreadPoolExecutor(jobs) as threads:
         list(threads.map(feed, range(jobs)))

@@ -16,7 +16,7 @@ from typing import Any
 import ffvt.train
 import gft_food101
 import glsim.tools.train
-from common import engine, train
+from common import engine, session, train
 from common.amp import Precision
 from common.data.images import BadImage, Images
 
@@ -25,11 +25,12 @@ PLACES: dict[str, tuple[Any, str]] = {
     "forward": (engine, "seed_everything"),  # just before it
     "backward": (Precision, "backward"),
     "image": (Images, "__getitem__"),
-    "evaluation": (train, "evaluate"),
+    "evaluation": (session, "evaluate"),
     "save": (train, "save_state"),
     "state": (engine.Trainer, "state_dict"),
     "goodbye": (train, "tell_results"),  # after the record
 }
+assert all(hasattr(owner, name) for owner, name in PLACES.values())
 
 
 def _raise() -> None:

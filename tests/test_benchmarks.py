@@ -1,0 +1,67 @@
+"""benchmarks.models and benchmarks.scaling: what they measure, on models that take no time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from scripts import ROOT, run_program
+from torch import nn
+
+from benchmarks.models import Recipe, Rival, Setting, measure, operations_of, show
+from common.amp import Precision
+from common.models import GFT
+
+BACKBONE = "vit_tiny_patch16_224"
+TINY = {"embed_dim": 48, "num_heads": 3, "depth": 9}
+
+
+def plain(size: int, classes: int) -> nn.Module:
+    return timm.create_model(BACKBONE, num_classes=classes, img_size=size, **TINY)
+
+
+def released(size: int, classes: int) -> nn.Module:
+    return GFT(BACKBONE, classes, size, released=True, **TINY)
+
+
+def test_a_group_is_a_floor_with_the_models_that_stand_on_it() -> None:
+    recipe = Recipe(batch_size=2, num_classes=7, rounds=2)
+    setting = Setting(64, recipe, torch.device("cpu"), Precision("fp32", torch.device("cpu")))
+    rivals = [Rival("GFT released", released, plain), Rival("the floor again", plain, plain)]
+    group = measure(rivals, setting, recipe, compiled=False, peak=1e9)
+    gft, again = group["models"]
+    assert (gft["name"], again["name"]) == ("GFT released", "the floor again")
+    assert (group["size"], group["batch_size"]) == (64, 2)
+    assert gft["direct"] is not None
+    assert again["direct"] is None  # nothing of it could be spared
+    for figures in (group["floor"], gft["ours"], gft["direct"], again["ours"]):
+        for kind in ("train", "eval"):
+            found = figures[kind]
+            assert found["seconds"] > 0
+            assert found["images_per_s"] == pytest.approx(2 / found["seconds"])
+    # It computes 8 of the 9 blocks: so does it of the operations, by their share of the device's.
+    operations = {name: operations_of(build(64, 7), setting) for name, build in {"o": released, "f": plain}.items()}
+    assert 7.8 / 9 < operations["o"]["eval"] / operations["f"]["eval"] < 8.2 / 9
+    share = group["floor"]["eval"]["peak_share"] * group["floor"]["eval"]["seconds"]
+    assert share == pytest.approx(operations["f"]["eval"] / 1e9)
+    rows = show(group).splitlines()
+    assert [row[:28].strip() for row in rows] == ["plain ViT", "GFT released", "direct formulation", "the floor again"]
+    assert float(rows[0][37:44]) == 1.0  # its own ratio
+
+
+def test_scaling_takes_input_and_collectives_apart(tmp_path: Path) -> None:
+    words = ["--processes", "2", "--model", BACKBONE, "--img-size", "32", "--steps", "2", "--workers", "0"]
+    program = [sys.executable, "-m", "benchmarks.scaling", *words, "--json", str(tmp_path / "s.json")]
+    done = run_program(program, ROOT)
+    assert done.status == 0, done.err
+    (line,) = json.loads((tmp_path / "s.json").read_text())["lines"]
+    assert line["processes"] == 2
+    assert set(line["seconds"]) == {"whole", "no input", "alone"}
+    assert line["images_per_s"] == pytest.approx(2 * 4 / line["seconds"]["whole"])
+    assert 0 <= line["input"] <= 1
+    assert 0 <= line["collectives"] <= 1
+    model = timm.create_model(BACKBONE, num_classes=200, img_size=32)
+    assert line["gradient_bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert done.out.splitlines()[-1].split()[0] == "2"
