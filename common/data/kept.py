@@ -162,7 +162,7 @@ class Cache:
         Raises:
             UserError: the disk has too little of it.
         """
-        for folder in self.place.glob("*/*/"):
+        for folder in self.place.glob("*/[0-9a-f][0-9a-f]"):
             remove_leftovers(folder)
         splits = (data.train, data.val) if data.selection == "test-selected" else (data.train, data.val, data.test)
         keeps = [(images, keep) for images in splits if (keep := self._keep(images)) is not None]
