@@ -106,10 +106,9 @@ def keep_earlier(path: Path) -> Path | None:
     Until the other is there it has both names. So it is at any time under one of them, and called again, after a kill
     or by another run, this finds the name that it has got.
     """
-    number = 1
+    number, kept = 1, path.with_suffix(f".1{path.suffix}")
     try:
         while path.exists():
-            kept = path.with_suffix(f".{number}{path.suffix}")
             try:
                 _give_name(path, kept)
                 return kept
@@ -117,6 +116,7 @@ def keep_earlier(path: Path) -> Path | None:
                 if kept.samefile(path):
                     return kept
                 number += 1
+                kept = path.with_suffix(f".{number}{path.suffix}")
     except FileNotFoundError:  # another run, where files have one name, was first
         pass
     except OSError as error:

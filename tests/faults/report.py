@@ -1,5 +1,6 @@
 """The table of `make faults`, and the page docs/reliability.md that it becomes."""
 
+import multiprocessing
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ class Outcome:
 
 def attempt(case: Case) -> Outcome:
     """Runs `case` in a folder of its own, which is gone afterwards."""
+    multiprocessing.set_start_method(None, force=True)  # the system's own for data workers, not that of this process
     folder = Path(tempfile.mkdtemp(prefix="fault-"))
     started = time.perf_counter()
     try:
