@@ -1,14 +1,14 @@
 """Cost of a training step and of evaluation, beside a plain ViT-B/16 in the same run.
 
-    python -m benchmarks.models                                       CPU, fp32, 224 px
-    python -m benchmarks.models --only FFVT,overlapping --sizes 448   some models, another image size
-    python -m benchmarks.models --device cuda --precision bf16 --batch-size 32 --compile --json out.json
+    python -m benchmarks.models                                each model where docs/performance.md has a target
+    python -m benchmarks.models --only FFVT,overlapping --sizes 224,448 --batch-size 4
+    python -m benchmarks.models --device cuda --precision bf16 --sizes 448 --batch-size 32 --compile --json out.json
 
 Each model stands below its floor, which is a plain timm ViT of the same tokens, dropout and optimizer (its own
 backbone, run as timm runs it), and above its direct formulation (benchmarks.direct): the published equations with
 nothing spared. A floor and the models that stand on it take turns, so that a slower minute of the machine meets all of
 them; the median of the turns counts. Only ratios inside one such group mean anything. A step is forward, backward and
-optimizer (SGD with momentum).
+optimizer (SGD with momentum). On a CPU this takes up to eight minutes, on two cores.
 
 GB is the peak of the step: parameters, optimizer state, and what the step takes on top. `peak %` is the share of the
 device's matrix product, measured in the same run, that the model's own floating-point operations use; the direct
@@ -57,10 +57,10 @@ CROPPING = {"dynamic_anchor": True, "dynamic_top": 8, "reducer": "cls", "aggrega
 
 @dataclass
 class Recipe:
-    sizes: str = "224"  # pixels, square; several: 224,448
-    batch_size: int = 4  # images a step
+    sizes: str = ""  # pixels, square; several: 224,448; none: PLAN says which model at which size and batch size
+    batch_size: int = 4  # images a step, where sizes are given
     num_classes: int = 200  # of the classifier
-    rounds: int = 3  # timed turns of each, after one that is not
+    rounds: int = 3  # timed turns of each, after one with a single image that is not
     only: str = ""  # models whose name contains this text, or one of several: FFVT,GLSim
     direct_rounds: int = 1  # timed turns of each direct formulation
 
@@ -125,6 +125,17 @@ RIVALS = (
 )
 
 
+# What is measured unless sizes are given: pixels, images a step, and a part of the models' names.
+PLAN = (
+    (224, 8, "GFT described"),
+    (224, 8, "GFT released"),
+    (224, 4, "GLSim"),
+    (224, 4, "FFVT"),
+    (448, 4, "FFVT"),
+    (448, 2, "overlapping"),
+)
+
+
 class Memory:
     """The peak of a piece of work in bytes beyond what stood before: the CUDA allocator's, else that of the process.
 
@@ -168,9 +179,10 @@ class Contender:
         self.rises: dict[str, list[int]] = {"train": [], "eval": []}
 
     def turn(self, timed: bool) -> None:
+        count = self.setting.batch_size if timed else self.setting.warm_up
         for kind, work in (("train", self._train), ("eval", self._evaluate)):
             self.setting.memory.start()
-            seconds = self._timed(work)
+            seconds = self._timed(partial(work, count))
             rise = self.setting.memory.rise()
             if timed:
                 self.seconds[kind].append(seconds)
@@ -189,20 +201,20 @@ class Contender:
         if self.setting.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _train(self) -> None:
+    def _train(self, count: int) -> None:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self.setting.precision.autocast():
-            logits = logits_of(self.forward(self.setting.images))
-            loss = F.cross_entropy(logits.float(), self.setting.labels)
+            logits = logits_of(self.forward(self.setting.images[:count]))
+            loss = F.cross_entropy(logits.float(), self.setting.labels[:count])
         self.setting.precision.backward(loss, self.optimizer)
         self.setting.precision.step(self.optimizer, self.model.parameters(), clip_grad=None)
 
     @torch.inference_mode()
-    def _evaluate(self) -> None:
+    def _evaluate(self, count: int) -> None:
         self.model.eval()
         with self.setting.precision.autocast():
-            self.forward(self.setting.images)
+            self.forward(self.setting.images[:count])
 
     def resident(self) -> int:
         """Bytes of parameters, buffers and optimizer state."""
@@ -226,25 +238,30 @@ class Contender:
 
 
 class Setting:
-    """What all contenders of one image size share."""
+    """What all contenders of one image size and batch size share."""
 
-    def __init__(self, size: int, recipe: Recipe, device: torch.device, precision: Precision) -> None:
-        self.size, self.batch_size, self.classes = size, recipe.batch_size, recipe.num_classes
+    def __init__(self, size: int, batch_size: int, classes: int, device: torch.device, precision: Precision) -> None:
+        self.size, self.batch_size, self.classes = size, batch_size, classes
         self.device, self.precision, self.memory = device, precision, Memory(device)
-        self.images = torch.randn(self.batch_size, 3, size, size, device=device)
-        self.labels = torch.randint(self.classes, (self.batch_size,), device=device)
+        self.images = torch.randn(batch_size, 3, size, size, device=device)
+        self.labels = torch.randint(classes, (batch_size,), device=device)
+        # A CPU needs no more to begin; a GPU makes room for a batch, and torch.compile takes 1 image for another case.
+        self.warm_up = 1 if device.type == "cpu" else batch_size
 
 
 def operations_of(model: nn.Module, setting: Setting) -> dict[str, int]:
-    """Floating-point operations of matrix products: a step (forward and backward) and an evaluation of the batch."""
+    """Floating-point operations of matrix products: a step (forward and backward) and an evaluation of the batch.
+
+    They are counted with one image: all of a batch take as many.
+    """
     counted = {}
     for kind, count in (("train", True), ("eval", False)):
         model.train(count)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(count):
-            loss = F.cross_entropy(logits_of(model(setting.images)).float(), setting.labels)
+            loss = F.cross_entropy(logits_of(model(setting.images[:1])).float(), setting.labels[:1])
             if count:
                 loss.backward()
-        counted[kind] = counter.get_total_flops()
+        counted[kind] = counter.get_total_flops() * setting.batch_size
     model.zero_grad(set_to_none=True)
     return counted
 
@@ -333,9 +350,14 @@ def _row(title: str, figures: dict[str, Any], floor: dict[str, Any]) -> str:
 
 def main() -> None:
     recipe, options, *_ = parse(Recipe, Options, __doc__ or "")
+    sizes = [int(size) for size in recipe.sizes.split(",") if size]
     words = recipe.only.split(",")
-    rivals = [rival for rival in RIVALS if any(word in rival.name for word in words)]
-    if not rivals:
+    plan = [(size, recipe.batch_size, "") for size in sizes] or PLAN
+    parts = [
+        (size, batch_size, [r for r in RIVALS if part in r.name and any(word in r.name for word in words)])
+        for size, batch_size, part in plan
+    ]
+    if not any(rivals for *_, rivals in parts):
         raise SystemExit(f"--only {recipe.only}: expected a part of {', '.join(rival.name for rival in RIVALS)}")
     try:
         device = dist.choose_device(options.device, dist.Launch())
@@ -347,12 +369,12 @@ def main() -> None:
     how = "compiled" if options.compile else "eager"
     print(f"{device_name(device)}, {options.precision}, {how}, matrix product {peak / 1e9:,.0f} GFLOP/s")
     groups = []
-    for size in map(int, recipe.sizes.split(",")):
-        setting = Setting(size, recipe, device, precision)
+    for size, batch_size, rivals in parts:
+        setting = Setting(size, batch_size, recipe.num_classes, device, precision)
         head = f"{'train s':>9}{'ratio':>7}{'img/s':>8}{'GB':>7}{'ratio':>7}{'peak %':>7}"
-        print(f"\n{f'{size} px, batch {recipe.batch_size}':28}{head}{head.replace('train', ' eval')}", flush=True)
         for floor in dict.fromkeys(rival.floor for rival in rivals):
             standing = [rival for rival in rivals if rival.floor == floor]
+            print(f"\n{f'{size} px, batch {batch_size}':28}{head}{head.replace('train', ' eval')}", flush=True)
             groups.append(measure(standing, setting, recipe, options.compile, peak))
             print(show(groups[-1]), flush=True)
     if options.json:

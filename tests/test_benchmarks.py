@@ -28,7 +28,7 @@ def released(size: int, classes: int) -> nn.Module:
 
 def test_a_group_is_a_floor_with_the_models_that_stand_on_it() -> None:
     recipe = Recipe(batch_size=2, num_classes=7, rounds=2)
-    setting = Setting(64, recipe, torch.device("cpu"), Precision("fp32", torch.device("cpu")))
+    setting = Setting(64, 2, 7, torch.device("cpu"), Precision("fp32", torch.device("cpu")))
     rivals = [Rival("GFT released", released, plain), Rival("the floor again", plain, plain)]
     group = measure(rivals, setting, recipe, compiled=False, peak=1e9)
     gft, again = group["models"]
@@ -41,9 +41,9 @@ def test_a_group_is_a_floor_with_the_models_that_stand_on_it() -> None:
             found = figures[kind]
             assert found["seconds"] > 0
             assert found["images_per_s"] == pytest.approx(2 / found["seconds"])
-    # It computes 8 of the 9 blocks: so does it of the operations, by their share of the device's.
+    # Of 9 blocks it computes 7, and CLS's row of another: so does it of the operations, by their share of the device's.
     operations = {name: operations_of(build(64, 7), setting) for name, build in {"o": released, "f": plain}.items()}
-    assert 7.8 / 9 < operations["o"]["eval"] / operations["f"]["eval"] < 8.2 / 9
+    assert 7.2 / 9 < operations["o"]["eval"] / operations["f"]["eval"] < 7.6 / 9
     share = group["floor"]["eval"]["peak_share"] * group["floor"]["eval"]["seconds"]
     assert share == pytest.approx(operations["f"]["eval"] / 1e9)
     rows = show(group).splitlines()

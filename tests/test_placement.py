@@ -143,19 +143,8 @@ def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPat
     torch._dynamo.reset()
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=counter, **how))
-    small = (
-        "--demo",
-        "--limit",
-        "24",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "10",
-        "--workers",
-        "0",
-        "--output",
-        demo_output,
-    )
+    small = ("--demo", "--limit", "24", "--epochs", "1", "--batch-size", "10", "--workers", "0")
+    small += ("--output", str(demo_output))
     plain = run_script("densenet169_food101.py", *small)
     assert plain.status == 0
     assert counter.frame_count == 0

@@ -115,7 +115,8 @@ class GFT(nn.Module):
     that stage 3 keeps.
 
     Released (`released=True`). GALA sees the patches alone, without residual; the classifier reads CLS as it
-    left block 8, so the stages cannot reach the logits. They run only for `return_selection=True`.
+    left block 8, so the stages cannot reach the logits. They run, and block 8 computes patches, only for
+    `return_selection=True`.
 
     In both, importance is worked out only where it decides which patches go on or where the selection is
     asked for; an EMA therefore advances on just those training calls.
@@ -153,7 +154,8 @@ class GFT(nn.Module):
 
     def forward(self, images: Tensor, return_selection: bool = False) -> Tensor | tuple[Tensor, list[StageSelection]]:
         """Return logits (B, num_classes) of images (B, 3, height, width), with the selections if asked."""
-        tokens = run_blocks(self.base_model, images, DEPTH)
+        cls_alone = self.released and not return_selection
+        tokens = run_blocks(self.base_model, images, DEPTH, "unread" if cls_alone else "learnt")
         cls, patches = tokens[:, :1], tokens[:, self.base_model.num_prefix_tokens :]
         selection: list[StageSelection] = []
         if not self.released:

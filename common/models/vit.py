@@ -4,7 +4,7 @@ Axes: B batch, H heads, N tokens (prefix tokens first, CLS foremost), Q query ro
 d head width.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -17,6 +17,9 @@ from common.errors import UserError
 
 # Children of a timm ViT that stand before its blocks; every other child stands behind them.
 STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
+
+# What a model does with the patches behind its last block: trains on them, only looks at them, or never reads them.
+Use = Literal["learnt", "seen", "unread"]
 
 
 def build_vit(
@@ -65,17 +68,19 @@ def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     return tokens
 
 
-def run_blocks(vit: VisionTransformer, images: Tensor, depth: int) -> Tensor:
+def run_blocks(vit: VisionTransformer, images: Tensor, depth: int, patches: Use = "learnt") -> Tensor:
     """Return the tokens as they leave block number `depth`, without the final norm.
 
-    images (B, 3, height, width) -> (B, N, D). timm's dropouts, pre-norm and gradient checkpointing apply.
+    images (B, 3, height, width) -> (B, N, D), or (B, 1, D) if patches are `unread`; see `run_used`. timm's dropouts,
+    pre-norm and gradient checkpointing apply.
     """
     x = embed(vit, images)
-    for block in vit.blocks[:depth]:
+    for number, block in enumerate(vit.blocks[:depth], 1):
+        use: Use = patches if number == depth else "learnt"
         if vit.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(run_used, block, x, use, use_reentrant=False)
         else:
-            x = block(x)
+            x = run_used(block, x, use)
     return x
 
 
@@ -85,15 +90,45 @@ def run_block(block: Block, tokens: Tensor, rows: int | None = None) -> tuple[Te
     Only the first `rows` tokens (default all) are computed: (B, rows, D). Attention stays fused; dropout, layer scale
     and stochastic depth are the block's own. Gated and normed attention, which newer timm has, are not handled.
     """
+    q, k, v = _heads(block, tokens)
+    return _rows(block, tokens[:, :rows], q[:, :, :rows], k, v), q, k
+
+
+def run_used(block: Block, tokens: Tensor, patches: Use) -> Tensor:
+    """Run a timm block no further than its output is used: (B, N, D), or only CLS, (B, 1, D), if patches are `unread`.
+
+    Patches that are `seen` have the values they would have, and no gradient. Blocks that are not plain are run whole;
+    so are seen patches under stochastic depth, which drops CLS and patches of an image together.
+    """
+    whole = patches == "learnt" or (patches == "seen" and not torch.is_grad_enabled())
+    if whole or not is_plain(block) or (patches == "seen" and not isinstance(block.drop_path1, nn.Identity)):
+        out: Tensor = block(tokens)
+        return out
+    q, k, v = _heads(block, tokens)
+    cls = _rows(block, tokens[:, :1], q[:, :, :1], k, v)
+    if patches == "unread":
+        return cls
+    with torch.no_grad():
+        others = _rows(block, tokens[:, 1:], q[:, :, 1:], k, v)
+    return torch.cat((cls, others), dim=1)
+
+
+def _heads(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, H, N, d), of tokens (B, N, D)."""
     attn: Any = block.attn
     qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1))  # (B, N, 3, H, d)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    dropout = attn.attn_drop.p if block.training else 0.0
-    out = F.scaled_dot_product_attention(q[:, :, :rows], k, v, dropout_p=dropout)  # (B, H, rows, d)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _rows(block: Block, tokens: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What becomes of some tokens (B, Q, D), whose queries are q (B, H, Q, d)."""
+    attn: Any = block.attn
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if block.training else 0.0)  # (B, H, Q, d)
     out = attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
-    tokens = tokens[:, :rows] + block.drop_path1(block.ls1(out))
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), q, k
+    tokens = tokens + block.drop_path1(block.ls1(out))
+    done: Tensor = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    return done
 
 
 def is_plain(block: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from common import npz
 from common.errors import UserError
 from common.models.released import Entry, ReleasedNames
-from common.models.vit import embed, run_block
+from common.models.vit import Use, embed, run_block, run_used
 from glsim.model_utils.config import ViTConfig
 from glsim.model_utils.layout import layout
 
@@ -110,20 +110,12 @@ class ViTGLSim(ReleasedNames):
         """
         self._check(images)
         self._say("input images", images)
-        x, inter, probabilities, scores = self._encode(images, ret_dist)
-        crops = None
-        tokens = x
-        if self.config.dynamic_anchor:
-            crops = crop(images, self.select(x).boxes)
-            self._say("crops", crops)
-            tokens = torch.cat((x, self._encode(crops)[0]), dim=1)  # (B, 2 N, D)
-        logits = self._classify(tokens)
+        logits, crops, *dist = self._run(images, ret_dist)
         if self.config.test_flip and not self.training:
-            mirrored = self._mirrored_logits(images.flip(-1))
-            logits = (logits + mirrored) / 2
+            logits = (logits + self._run(images.flip(-1))[0]) / 2
         output = (logits,) if crops is None else (logits, crops)
         if ret_dist:
-            return (*output, x, inter, probabilities, scores)
+            return (*output, *dist)
         return logits if crops is None else output
 
     @torch.no_grad()
@@ -137,33 +129,48 @@ class ViTGLSim(ReleasedNames):
             indices = found.topk(config.dynamic_top, largest=config.sim_metric == "cos").indices
         return Selection(found, indices, bounding_boxes(indices, config.gh, config.fh, config.crop_inclusive))
 
-    def _encode(
-        self, images: Tensor, ret_dist: bool = False
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    def _run(self, images: Tensor, ret_dist: bool = False) -> tuple[Any, ...]:
+        """Logits, crops or None, and what `ret_dist` adds."""
+        config, crops = self.config, None
+        whole = ret_dist or config.debugging or not (config.dynamic_anchor and config.reducer == "cls")
+        x, *dist = self._encode(images, "learnt" if whole else "seen", ret_dist)
+        tokens = self._read(x)
+        if config.dynamic_anchor:
+            crops = crop(images, self.select(x).boxes)
+            self._say("crops", crops)
+            tokens = torch.cat((tokens, self._read(self._encode(crops, "learnt" if whole else "unread")[0])), dim=1)
+        return self._classify(tokens), crops, x, *dist
+
+    def _encode(self, images: Tensor, patches: Use, ret_dist: bool = False) -> tuple[Any, ...]:
+        """Normalised tokens (B, N, D), or (B, 1, D) if patches are `unread`; and what `ret_dist` adds behind them."""
         vit: Any = self.base_model
         x = embed(vit, images)
         self._say("embedded patches", x)
         inter, probabilities, scores = [], [], []
-        for block in vit.blocks:
+        for number, block in enumerate(vit.blocks, 1):
             if ret_dist:
                 x, q, k = run_block(block, x)
                 raw = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, N, N)
                 inter.append(x)
                 scores.append(raw)
                 probabilities.append(raw.softmax(-1))
-            elif self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                continue
+            use: Use = patches if number == len(vit.blocks) else "learnt"
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_used, block, x, use, use_reentrant=False)
             else:
-                x = block(x)
+                x = run_used(block, x, use)
         x = vit.norm(x)
         self._say("encoded tokens", x)
         return x, inter, probabilities, scores
 
+    def _read(self, tokens: Tensor) -> Tensor:
+        """What goes on of the tokens (B, N, D) of image or crop: CLS (B, 1, D), or all."""
+        return tokens[:, :1] if self.config.reducer == "cls" else tokens
+
     def _classify(self, tokens: Tensor) -> Tensor:
-        """Return logits (B, C) of the tokens (B, N, D) of the image, or of image and crop behind one another."""
+        """Return logits (B, C) of what was read (B, N, D) of the image, or of image and crop behind one another."""
         config = self.config
-        if config.reducer == "cls":
-            tokens = tokens[:, :: config.seq_len_ind]  # (B, 1 or 2, D): CLS of the image and of the crop
         tokens = self.reducer(tokens)
         self._say("reduced tokens", tokens)
         for block in self.aggregator:
@@ -182,12 +189,6 @@ class ViTGLSim(ReleasedNames):
             logits = each.mean(1) if config.classifier == "avg_cls" else each.amax(1)
         self._say("logits", logits)
         return logits
-
-    def _mirrored_logits(self, images: Tensor) -> Tensor:
-        x = self._encode(images)[0]
-        if self.config.dynamic_anchor:
-            x = torch.cat((x, self._encode(crop(images, self.select(x).boxes))[0]), dim=1)
-        return self._classify(x)
 
     def _check(self, images: Tensor) -> None:
         channels, size = self.config.num_channels, self.config.image_size

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from common.models.released import Entry, ReleasedNames
-from common.models.vit import freeze, is_plain, run_block, select_tokens
+from common.models.vit import Use, freeze, is_plain, run_block, run_used, select_tokens
 from common.weights import explain_offline
 from glsim.model_utils.glsim import Selection, bounding_boxes, crop, similarity
 
@@ -186,20 +186,28 @@ class GLSimTimm(ReleasedNames):
 
     def _run(self, images: Tensor, ret_dist: bool = False) -> tuple[Any, ...]:
         """Logits, crops or None, and what `ret_dist` adds."""
-        options, crops = self.options, None
-        x, places, *dist = self._encode(images, ret_dist=ret_dist)
+        options, crops, vit = self.options, None, self.base_model
+        cropping = options.crops and (self.training or options.inference_crops)
+        whole = ret_dist or not cropping or options.reducer != "cls" or vit.cls_token is None
+        x, places, *dist = self._encode(images, "learnt" if whole else "seen", ret_dist=ret_dist)
         if options.select_top_k:
             selected = select_tokens(self._patches(x), self.select(x).indices)
             tokens = torch.cat((self._global(x), selected), dim=1)  # (B, 1 + O, D)
         else:
             tokens = self._reduce(x)
-            if options.dynamic_anchor and (self.training or options.inference_crops):
+            if cropping:
                 crops = crop(images, self.select(x, places).boxes)
-                tokens = torch.cat((tokens, self._reduce(self._encode(crops, of_crop=True)[0])), dim=1)
+                of_crop = self._encode(crops, "learnt" if whole else "unread", of_crop=True)[0]
+                tokens = torch.cat((tokens, self._reduce(of_crop)), dim=1)
         return self.head(self._pool(self.aggregator(tokens))), crops, x, *dist
 
-    def _encode(self, images: Tensor, of_crop: bool = False, ret_dist: bool = False) -> tuple[Any, ...]:
-        """Tokens (B, N, D) behind the norm; the places (B, K) of the patches, or None; and what `ret_dist` adds."""
+    def _encode(
+        self, images: Tensor, patches: Use = "learnt", of_crop: bool = False, ret_dist: bool = False
+    ) -> tuple[Any, ...]:
+        """Tokens (B, N, D) behind the norm; the places (B, K) of the patches, or None; and what `ret_dist` adds.
+
+        Of patches that are `unread` the tokens may be without.
+        """
         vit: Any = self.base_model
         x = vit._pos_embed(vit.patch_embed(images))  # (B, N, D)
         if of_crop and self.cls_token_crops is not None:
@@ -211,14 +219,15 @@ class GLSimTimm(ReleasedNames):
         x = vit.norm_pre(x)
         inter, probabilities, scores = [], [], []
         for i, block in enumerate(vit.blocks):
+            use: Use = patches if i == len(vit.blocks) - 1 and not self.options.adapter else "learnt"
             if ret_dist:
                 x, q, k = run_block(block, x)
                 scores.append(q @ k.mT * q.shape[-1] ** -0.5)  # (B, H, N, N)
                 probabilities.append(scores[-1].softmax(-1))
             elif vit.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(run_used, block, x, use, use_reentrant=False)
             else:
-                x = block(x)
+                x = run_used(block, x, use)
             if self.options.adapter:
                 x = x + self.adapters[i](x)
             if ret_dist:

@@ -63,7 +63,7 @@ def joint_attention(blocks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """
     (q, k), *earlier = blocks
     row = _attention(q[:, :, :1], k)  # (B, H, 1, N)
-    for q, k in earlier:
+    for q, k in ((q.contiguous(), k.contiguous()) for q, k in earlier):  # else each piece would copy all keys
         parts = zip(row.split(ROWS, dim=-1), q.split(ROWS, dim=-2), strict=True)
         row = torch.stack([_product(some, _attention(rows, k)) for some, rows in parts]).sum(0)
     return row.squeeze(-2)
