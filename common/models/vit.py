@@ -94,7 +94,7 @@ def run_block(block: Block, tokens: Tensor, rows: int | None = None) -> tuple[Te
     return _rows(block, tokens[:, :rows], q[:, :, :rows], k, v), q, k
 
 
-def run_used(block: Block, tokens: Tensor, patches: Use) -> Tensor:
+def run_used(block: Any, tokens: Tensor, patches: Use) -> Tensor:
     """Run a timm block no further than its output is used: (B, N, D), or only CLS, (B, 1, D), if patches are `unread`.
 
     Patches that are `seen` have the values they would have, and no gradient. Blocks that are not plain are run whole;
