@@ -11,7 +11,7 @@ LOCKED := --require-hashes --no-deps -r
 COMPILE := $(BIN)/uv pip compile --quiet --no-config --default-index https://pypi.org/simple --universal \
 	--python-version 3.10 --generate-hashes --upgrade --custom-compile-command 'make lock'
 
-.PHONY: demo demos test faults coverage lint lock audit bench clean
+.PHONY: demo demos test faults coverage lint lock audit bench performance clean
 
 demo: .venv/.installed
 	$(BIN)/python gft_food101.py --demo
@@ -50,11 +50,16 @@ audit: .venv/.tested
 	$(BIN)/python -m pip check
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements-test.lock
 
+# The figures go to .bench/ too, one file a program; `make performance` makes docs/performance.md of what lies there.
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks.models
-	$(BIN)/python -m benchmarks.psm
-	$(BIN)/python -m benchmarks.engine
-	$(BIN)/python -m benchmarks.data
+	mkdir -p .bench
+	$(BIN)/python -m benchmarks.models --json .bench/models.json
+	$(BIN)/python -m benchmarks.psm --json .bench/psm.json
+	$(BIN)/python -m benchmarks.engine --json .bench/engine.json
+	$(BIN)/python -m benchmarks.data --json .bench/data.json
+
+performance: .venv/.installed
+	$(BIN)/python -m benchmarks.page .bench/*.json
 
 # The stamps are made last: an installation that was interrupted is taken up again.
 .venv/.installed: requirements.txt requirements.lock
@@ -69,4 +74,4 @@ bench: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .coverage* .faults.jsonl
+	rm -rf .venv build *.egg-info .coverage* .faults.jsonl .bench

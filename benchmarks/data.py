@@ -17,7 +17,6 @@ COCO: an annotation file of train2017's size is indexed, and the index read agai
 import importlib
 import json
 import multiprocessing
-import platform
 import random
 import shutil
 import statistics
@@ -35,13 +34,13 @@ from torchvision.datasets import ImageFolder
 
 import ffvt.data
 import glsim.data_utils.transforms
+from benchmarks import report
 from benchmarks.models import Memory
 from common.data import Images, coco, write_demo
 from common.data.images import Transform
 from common.data.kept import Cache
 from common.data.loader import seed_transforms
-from common.files import write_text
-from common.provenance import versions
+from common.provenance import device_name
 from common.recipe import parse
 from glsim.train_utils.settings import Settings
 from glsim.train_utils.yaml_config import CONFIGS, read_config
@@ -225,10 +224,8 @@ def main() -> None:
             for what, found in started.items():
                 grown = "-" if found["bytes"] is None else f"{found['bytes'] / 2**20:,.0f}"
                 print(f"COCO, {what}: {found['seconds']:.1f} s, {grown} MB, {found['images']:,} images")
-    if options.json:
-        about = {"machine": platform.processor() or platform.machine(), "versions": versions()}
-        about |= {"date": time.strftime("%Y-%m-%d")}
-        write_text(Path(options.json), json.dumps({"about": about, "lines": lines, "coco": started}, indent=1))
+    figures = {"lines": lines, "coco": started}
+    report.write(options.json, "data", figures, recipe=recipe, device=device_name(torch.device("cpu")))
 
 
 if __name__ == "__main__":

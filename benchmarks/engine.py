@@ -10,12 +10,10 @@ accuracy. Both take turns, so that a slower minute of the machine meets both; th
 overhead is the median of their ratios. CPU s is processor time, which other programs disturb less.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -24,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from benchmarks import report
 from common import dist
 from common.amp import Precision
 from common.data.loader import Plan
 from common.engine import Loading, Trainer
 from common.errors import UserError
-from common.files import write_text
 from common.placement import compile_model, memory_format, place
-from common.provenance import device_name, versions
+from common.provenance import device_name
 from common.recipe import parse
 
 
@@ -160,10 +158,8 @@ def main() -> None:
     for name in ("bare", "engine"):
         print(f"{name:12}{found['seconds'][name]:9.4f}{found['cpu_seconds'][name]:9.4f}")
     print(f"{'overhead':12}{found['seconds']['overhead']:9.1%}{found['cpu_seconds']['overhead']:9.1%}")
-    if options.json:
-        about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
-        about |= {"versions": versions(), "date": time.strftime("%Y-%m-%d"), **vars(recipe)}
-        write_text(Path(options.json), json.dumps({"about": about, **found}, indent=1))
+    about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
+    report.write(options.json, "engine", found, recipe=recipe, **about)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ not count. p50 and p95 are taken over all calls with one image, images/s over th
 files of 500 x 375 pixels; beside it, by turns, stands the same model alone, on as many images at hand.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -25,14 +24,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
+from benchmarks import report
 from benchmarks.models import RIVALS
 from common import dist
 from common.amp import Precision
 from common.engine import Loading
 from common.errors import UserError
-from common.files import write_text
 from common.predict import Predictor
-from common.provenance import device_name, versions
+from common.provenance import device_name
 from common.recipe import parse
 
 PLAIN = "plain ViT"
@@ -163,12 +162,8 @@ def main() -> None:
         )
         lines += found
         predictions.append(asked)
-    if options.json:
-        about = {"device": device_name(device), "precision": options.precision}
-        about |= {"versions": versions(), "date": time.strftime("%Y-%m-%d")}
-        write_text(
-            Path(options.json), json.dumps({"about": about, "lines": lines, "predictions": predictions}, indent=1)
-        )
+    about = {"device": device_name(device), "precision": options.precision}
+    report.write(options.json, "inference", {"lines": lines, "predictions": predictions}, recipe=recipe, **about)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ formulation is held against the model's operations, not against those that it sp
 
 import ctypes
 import gc
-import json
 import re
 import statistics
 import sys
@@ -35,14 +34,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import report
 from benchmarks.direct import DIRECT
 from common import dist
 from common.amp import Precision
 from common.engine import logits_of
 from common.errors import UserError
-from common.files import write_text
 from common.models import GFT, TransFG
-from common.provenance import device_name, versions
+from common.provenance import device_name
 from common.recipe import parse
 from ffvt.model import CONFIGS, FFVT
 from glsim.model_utils.config import ViTConfig
@@ -377,11 +376,8 @@ def main() -> None:
             print(f"\n{f'{size} px, batch {batch_size}':28}{head}{head.replace('train', ' eval')}", flush=True)
             groups.append(measure(standing, setting, recipe, options.compile, peak))
             print(show(groups[-1]), flush=True)
-    if options.json:
-        about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
-        about |= {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "matmul_flops": peak}
-        about |= {"threads": torch.get_num_threads(), "rounds": recipe.rounds}
-        write_text(Path(options.json), json.dumps({"about": about, "groups": groups}, indent=1))
+    about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
+    report.write(options.json, "models", {"groups": groups}, recipe=recipe, **about, matmul_flops=peak)
 
 
 if __name__ == "__main__":

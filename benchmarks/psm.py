@@ -10,16 +10,14 @@ them piece by piece. Forming costs N^2 d, d being the width of a head, so that i
 1 + N / d at most, however little the multiplication takes. The median of the rounds counts.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from benchmarks import report
 from common import dist
-from common.files import write_text
 from common.provenance import device_name
 from common.recipe import parse
 from glsim.model_utils.transfg import joint_attention
@@ -96,8 +94,7 @@ def main() -> None:
         print(f"{tokens:5}{cost['form']:10.4f}{cost['product']:11.4f}{cost['row']:10.4f}", end="")
         print(f"{cost['product'] / cost['row']:7.0f}{cost['full']:10.4f}{cost['outwards']:12.4f}", end="")
         print(f"{cost['full'] / cost['outwards']:7.1f}{cost['same']:12.0%}", flush=True)
-    if options.json:
-        write_text(Path(options.json), json.dumps(figures, indent=1))
+    report.write(options.json, "psm", {"tokens": figures}, recipe=recipe, device=device_name(device))
 
 
 if __name__ == "__main__":

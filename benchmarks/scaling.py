@@ -32,14 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torchvision import transforms as T
 
+from benchmarks import report
 from common import dist
 from common.amp import Precision
 from common.data.images import Images
 from common.data.loader import Batch, Plan, shuffled, training_batches
 from common.engine import cross_entropy, wrap
 from common.errors import UserError
-from common.files import write_text
-from common.provenance import device_name, versions
+from common.provenance import device_name
 from common.recipe import parse
 
 KINDS = ("whole", "no input", "alone")
@@ -184,11 +184,8 @@ def main() -> None:
         linear = line["images_per_s"] / line["processes"] / (lines[0]["images_per_s"] / lines[0]["processes"])
         print(f"{line['processes']:9}{line['seconds']['whole']:9.3f}{line['images_per_s']:10.2f}{linear:11.0%}", end="")
         print(f"{line['input']:8.1%}{line['collectives']:13.1%}")
-    if options.json:
-        about = {"device": lines[0]["device"], "precision": options.precision, "model": recipe.model}
-        about |= {"img_size": recipe.img_size, "batch_size": recipe.batch_size, "workers": options.workers}
-        about |= {"versions": versions(), "date": time.strftime("%Y-%m-%d")}
-        write_text(Path(options.json), json.dumps({"about": about, "lines": lines}, indent=1))
+    about = {"device": lines[0]["device"], "precision": options.precision, "workers": options.workers}
+    report.write(options.json, "scaling", {"lines": lines}, recipe=recipe, **about)
 
 
 if __name__ == "__main__":

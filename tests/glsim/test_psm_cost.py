@@ -39,5 +39,5 @@ def test_the_command_prints_a_line_for_each_size(monkeypatch, capsys, tmp_path):
     assert heads.split()[:4] == ["N", "form", "s", "product"]
     assert [line.split()[0] for line in lines] == ["197", "785"]
     assert all(len(line.split()) == 9 for line in lines)
-    figures = json.loads(file.read_text())
+    figures = json.loads(file.read_text())["tokens"]
     assert f"{figures['785']['product']:.4f}" == lines[1].split()[2]
