@@ -56,12 +56,12 @@ CROPPING = {"dynamic_anchor": True, "dynamic_top": 8, "reducer": "cls", "aggrega
 
 @dataclass
 class Recipe:
-    sizes: str = ""  # pixels, square; several: 224,448; none: PLAN says which model at which size and batch size
+    sizes: str = ""  # pixels, square; several: 224,448; none: each model as PLAN says
     batch_size: int = 4  # images a step, where sizes are given
-    num_classes: int = 200  # of the classifier
-    rounds: int = 3  # timed turns of each, after one with a single image that is not
-    only: str = ""  # models whose name contains this text, or one of several: FFVT,GLSim
+    rounds: int = 3  # timed turns of each, where sizes are given; one that is not timed goes ahead
     direct_rounds: int = 1  # timed turns of each direct formulation
+    only: str = ""  # models whose name contains this text, or one of several: FFVT,GLSim
+    num_classes: int = 200  # of the classifier
 
 
 @dataclass
@@ -124,14 +124,14 @@ RIVALS = (
 )
 
 
-# What is measured unless sizes are given: pixels, images a step, and a part of the models' names.
+# What is measured unless sizes are given: pixels, images a step, timed turns, and models.
 PLAN = (
-    (224, 8, "GFT described"),
-    (224, 8, "GFT released"),
-    (224, 4, "GLSim"),
-    (224, 4, "FFVT"),
-    (448, 4, "FFVT"),
-    (448, 2, "overlapping"),
+    (224, 8, 3, ("GFT described", "GFT released")),
+    (224, 4, 3, ("TransFG (GFT repository)", "GLSim", "GLSimTimm")),
+    (224, 4, 3, ("FFVT",)),
+    (448, 4, 2, ("FFVT",)),
+    (448, 2, 2, ("GLSim",)),
+    (448, 1, 2, ("TransFG, overlapping",)),
 )
 
 
@@ -282,8 +282,13 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     return 2 * side**3 / best
 
 
-def measure(rivals: Sequence[Rival], setting: Setting, recipe: Recipe, compiled: bool, peak: float) -> dict[str, Any]:
-    """Figures of the floor that all `rivals` share, of each of them, and of their direct formulations."""
+def measure(
+    rivals: Sequence[Rival], setting: Setting, rounds: tuple[int, int], compiled: bool, peak: float
+) -> dict[str, Any]:
+    """Figures of the floor that all `rivals` share, of each of them, and of their direct formulations.
+
+    `rounds` are the timed turns of models and of direct formulations.
+    """
 
     def contender(build: Callable[[int, int], nn.Module]) -> tuple[Contender, dict[str, int]]:
         model = build(setting.size, setting.classes).to(setting.device)
@@ -292,13 +297,12 @@ def measure(rivals: Sequence[Rival], setting: Setting, recipe: Recipe, compiled:
 
     floor, base = contender(rivals[0].floor)
     ours = [contender(rival.build) for rival in rivals]
-    direct = [_direct(one, setting) if recipe.direct_rounds else None for one, _ in ours]
-    for number in range(recipe.rounds + 1):
+    direct = [_direct(one, setting) if rounds[1] else None for one, _ in ours]
+    for number in range(rounds[0] + 1):
         for one in (floor, *(one for one, _ in ours)):
             one.turn(timed=number > 0)
-        for formulation in filter(None, direct):
-            if number <= recipe.direct_rounds:
-                formulation.turn(timed=number > 0)
+        for formulation in filter(None, direct if 0 < number <= rounds[1] else ()):
+            formulation.turn(timed=True)
     models = [
         {
             "name": rival.name,
@@ -351,13 +355,14 @@ def main() -> None:
     recipe, options, *_ = parse(Recipe, Options, __doc__ or "")
     sizes = [int(size) for size in recipe.sizes.split(",") if size]
     words = recipe.only.split(",")
-    plan = [(size, recipe.batch_size, "") for size in sizes] or PLAN
+    every = tuple(rival.name for rival in RIVALS)
+    plan = [(size, recipe.batch_size, recipe.rounds, every) for size in sizes] or PLAN
     parts = [
-        (size, batch_size, [r for r in RIVALS if part in r.name and any(word in r.name for word in words)])
-        for size, batch_size, part in plan
+        (*how, [rival for rival in RIVALS if rival.name in names and any(word in rival.name for word in words)])
+        for *how, names in plan
     ]
     if not any(rivals for *_, rivals in parts):
-        raise SystemExit(f"--only {recipe.only}: expected a part of {', '.join(rival.name for rival in RIVALS)}")
+        raise SystemExit(f"--only {recipe.only}: expected a part of {', '.join(every)}")
     try:
         device = dist.choose_device(options.device, dist.Launch())
     except UserError as error:
@@ -368,13 +373,13 @@ def main() -> None:
     how = "compiled" if options.compile else "eager"
     print(f"{device_name(device)}, {options.precision}, {how}, matrix product {peak / 1e9:,.0f} GFLOP/s")
     groups = []
-    for size, batch_size, rivals in parts:
+    for size, batch_size, rounds, rivals in parts:
         setting = Setting(size, batch_size, recipe.num_classes, device, precision)
         head = f"{'train s':>9}{'ratio':>7}{'img/s':>8}{'GB':>7}{'ratio':>7}{'peak %':>7}"
         for floor in dict.fromkeys(rival.floor for rival in rivals):
             standing = [rival for rival in rivals if rival.floor == floor]
             print(f"\n{f'{size} px, batch {batch_size}':28}{head}{head.replace('train', ' eval')}", flush=True)
-            groups.append(measure(standing, setting, recipe, options.compile, peak))
+            groups.append(measure(standing, setting, (rounds, recipe.direct_rounds), options.compile, peak))
             print(show(groups[-1]), flush=True)
     about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
     report.write(options.json, "models", {"groups": groups}, recipe=recipe, **about, matmul_flops=peak)

@@ -46,13 +46,16 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Goes on from a state that was saved fused or not: in the form that the optimizer has now.
 
-    Tensors come to lie in memory as their parameters do, which fused kernels take for granted.
+    Tensors come to lie in memory as their parameters do, which fused kernels take for granted. ValueError where there
+    is an entry for a parameter that no group names, which torch keeps.
     """
     own = [{name: group[name] for name in HOW if name in group} for group in optimizer.param_groups]
     own += [{}] * (len(state["param_groups"]) - len(own))  # a state of another optimizer: torch says so itself
     groups = [group | how for group, how in zip(state["param_groups"], own, strict=False)]
     optimizer.load_state_dict(state | {"param_groups": groups})
     for parameter, entry in optimizer.state.items():
+        if not isinstance(parameter, Tensor):
+            raise ValueError(f"optimizer.state has an entry {parameter} that no parameter group names")
         for name, value in entry.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

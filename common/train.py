@@ -23,7 +23,7 @@ from common.results import row_line
 from common.session import Session
 from common.weights import load_checkpoint
 
-DRAWS = 2  # raised where the same seed comes to mean other random numbers: an older run cannot go on
+DRAWS = 3  # raised where the same seed comes to mean other random numbers: an older run cannot go on
 
 
 class Stopped(Exception):

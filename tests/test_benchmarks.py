@@ -10,7 +10,7 @@ import torch
 from scripts import ROOT, run_program
 from torch import nn
 
-from benchmarks.models import Recipe, Rival, Setting, measure, operations_of, show
+from benchmarks.models import PLAN, RIVALS, Rival, Setting, measure, operations_of, show
 from common.amp import Precision
 from common.models import GFT
 
@@ -27,10 +27,9 @@ def released(size: int, classes: int) -> nn.Module:
 
 
 def test_a_group_is_a_floor_with_the_models_that_stand_on_it() -> None:
-    recipe = Recipe(batch_size=2, num_classes=7, rounds=2)
     setting = Setting(64, 2, 7, torch.device("cpu"), Precision("fp32", torch.device("cpu")))
     rivals = [Rival("GFT released", released, plain), Rival("the floor again", plain, plain)]
-    group = measure(rivals, setting, recipe, compiled=False, peak=1e9)
+    group = measure(rivals, setting, (2, 1), compiled=False, peak=1e9)
     gft, again = group["models"]
     assert (gft["name"], again["name"]) == ("GFT released", "the floor again")
     assert (group["size"], group["batch_size"]) == (64, 2)
@@ -49,6 +48,10 @@ def test_a_group_is_a_floor_with_the_models_that_stand_on_it() -> None:
     rows = show(group).splitlines()
     assert [row[:28].strip() for row in rows] == ["plain ViT", "GFT released", "direct formulation", "the floor again"]
     assert float(rows[0][37:44]) == 1.0  # its own ratio
+
+
+def test_the_plan_names_every_model() -> None:
+    assert {name for *_, names in PLAN for name in names} == {rival.name for rival in RIVALS}
 
 
 def test_scaling_takes_input_and_collectives_apart(tmp_path: Path) -> None:

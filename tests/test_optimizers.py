@@ -150,3 +150,12 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     two = SGD([{"params": [parameter]} for parameter in model[0].parameters()], lr=0.1)
     with pytest.raises(ValueError, match="number of parameter groups"):
         load_state(SGD(model.parameters(), lr=0.1), state_of(two))
+
+
+def test_a_state_with_an_entry_that_no_group_names_is_refused() -> None:
+    model = small_model()
+    state = state_of(SGD(model.parameters(), lr=0.1, momentum=0.9))
+    state["param_groups"][0]["params"] = [0, 1, 2, 2]
+    state["state"][3] = {"momentum_buffer": torch.zeros(3)}
+    with pytest.raises(ValueError, match="an entry 3 that no parameter group names"):
+        load_state(SGD(model.parameters(), lr=0.1, momentum=0.9), state)

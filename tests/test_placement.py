@@ -83,7 +83,7 @@ def test_images_lie_as_the_model_wants_them(tmp_path: Path, monkeypatch: pytest.
     for work in (
         lambda: list(Trainer(model, optimizer, None, precision, images, plan, 1, CPU, Loading()).run()),
         lambda: evaluate(model, images, CPU, precision, Loading()),
-        lambda: Predictor(model, TF.to_tensor, list("abc"), CPU)([path], 1),
+        lambda: Predictor(model, TF.to_tensor, list("abc"), CPU, precision, Loading())([path], 1),
     ):
         model.seen.clear()
         work()
