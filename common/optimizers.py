@@ -53,9 +53,10 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     own += [{}] * (len(state["param_groups"]) - len(own))  # a state of another optimizer: torch says so itself
     groups = [group | how for group, how in zip(state["param_groups"], own, strict=False)]
     optimizer.load_state_dict(state | {"param_groups": groups})
+    unnamed = [key for key in optimizer.state if not isinstance(key, Tensor)]
+    if unnamed:
+        raise ValueError(f"optimizer.state has an entry {unnamed[0]} that no parameter group names")
     for parameter, entry in optimizer.state.items():
-        if not isinstance(parameter, Tensor):
-            raise ValueError(f"optimizer.state has an entry {parameter} that no parameter group names")
         for name, value in entry.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
