@@ -134,7 +134,7 @@ def collect(files: Sequence[str | Path]) -> list[Report]:
         for report in content if isinstance(content, list) else [content]:
             about = report.get("about") if isinstance(report, dict) else None
             known = isinstance(about, dict) and {"device", "command"} <= about.keys()
-            if not known or report["benchmark"] not in SECTIONS:
+            if not known or report.get("benchmark") not in SECTIONS:
                 raise UserError(f"{file} holds no report of {', '.join(SECTIONS)}: write it with their --json FILE")
             found[report["benchmark"], about["device"], about["command"]] = rounded(report)
     order = list(SECTIONS)
