@@ -7,7 +7,8 @@ Report = dict[str, Any]
 
 MODELS = """
 A step is forward pass, backward pass and optimizer. Each model stands below its floor, a plain ViT of the same tokens,
-dropout and optimizer, and above its direct formulation: the published equations with nothing spared. `ratio` is to the
+dropout and optimizer, and above its direct formulation: the published equations with nothing spared. They take turns;
+the fastest turn of each counts, as in timeit, because whatever else the machine does can only add. `ratio` is to the
 floor. GB (2^30 bytes) is the peak: parameters, optimizer state, and what the step or the evaluation takes on top.
 `peak %` is the share of the machine's matrix product, measured in the same run, that the model's own operations use.
 """
@@ -16,7 +17,7 @@ TransFG's part selection by the product of all attention matrices, and by its CL
 together with the forming of the matrices (`full` and `outwards`). N is the number of tokens.
 """
 ENGINE = """
-A training step by common.engine, beside a bare PyTorch loop; the overhead is the median of the turns' ratios.
+A training step by common.engine, beside a bare PyTorch loop; the fastest turn of each counts.
 """
 DATA = """
 Images/s that one core decodes and transforms. `floor` is torchvision's ImageFolder with the same transform, `time` is
@@ -87,12 +88,12 @@ def data(report: Report) -> str:
         floor, ours, first, kept = (line["seconds"][way] for way in ("floor", "ours", "first", "kept"))
         cells = f"{1 / floor:.1f} | {1 / ours:.1f} | {ours / floor:.3f} | {1 / first:.1f} | {1 / kept:.1f}"
         rows.append(f"{line['name']} | {line['size'][0]} x {line['size'][1]} | {cells} | {ours / kept:.2f}")
-    text = table("transform | pixels | floor | ours | time | first | kept | gain", rows)
+    text = table("transform | pixels | floor | ours | time | first | kept | gain", rows) if rows else ""
     started = [
         f"{what} | {found['seconds']:.1f} | {_megabytes(found['bytes'])} | {found['images']:,}"
         for what, found in report["coco"].items()
     ]
-    return f"{text}\n{table('COCO | s | MB | images', started)}" if started else text
+    return "\n".join(filter(None, (text, table("COCO | s | MB | images", started) if started else "")))
 
 
 def _megabytes(count: int | None) -> str:
