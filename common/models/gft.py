@@ -3,7 +3,7 @@
 Axes: B batch, H heads, N tokens, P patches entering a stage, K patches kept, D width, d head width.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,8 @@ class GFT(nn.Module):
         return (logits, selection) if return_selection else logits
 
     def _galas(self) -> list[HierarchicalAttention]:
-        return cast(list[HierarchicalAttention], list(self.hierarchical_blocks))
+        galas: Any = list(self.hierarchical_blocks)
+        return galas  # type: ignore[no-any-return]
 
     def _refine(self, cls: Tensor, patches: Tensor, return_selection: bool) -> tuple[Tensor, list[StageSelection]]:
         selection: list[StageSelection] = []
