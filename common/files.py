@@ -8,6 +8,7 @@ import errno
 import glob
 import io
 import os
+import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: b
 
     Not `durable`, it is not waited for the disk: a power cut may leave the file damaged, which who reads it has to see.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of other machines and containers, which may have the same number, share the folder.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

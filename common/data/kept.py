@@ -7,12 +7,15 @@ made anew.
     DIR/224x224-<versions>/<two digits>/<image>.rgb        the last three names are hashes
 """
 
+import errno
 import hashlib
 import itertools
 import os
+import secrets
 import shutil
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,12 +29,14 @@ from torchvision import transforms as T
 
 from common.data.images import BadImage, Data, Images, Transform, image_size, load_image
 from common.errors import UserError
-from common.files import remove_leftovers, write_atomically
+from common.files import write_atomically
 
 FORMAT = 1  # raised where `load_image` comes to give other pixels, or an entry is laid out otherwise
 RESERVE = 2 << 30  # bytes of the disk that stay free, for checkpoints
 CODECS = ("jpg", "libjpeg_turbo", "webp", "libtiff")  # libraries that decide what Pillow decodes
 SAMPLED = 64  # images whose headers say how much room others take
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what fails for one entry and will for the next
+ABANDONED = 3600  # seconds after which nobody is writing a temporary file any more
 
 _HEAD = struct.Struct("<16sIII")  # digest of what the pixels depend on, width, height, CRC-32 of all else
 
@@ -95,11 +100,17 @@ class Keep:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(entry.parent).free < RESERVE + len(pixels):
-                raise UserError(f"less than {_gigabytes(RESERVE)} are free in {self.folder}")
+                self._stop(f"less than {_gigabytes(RESERVE)} are free in {self.folder}")
+                return
             write_atomically(entry, lambda file: file.writelines((head, pixels)), durable=False)
         except (OSError, UserError) as error:
-            self.full = True
-            print(f"the cache of resized images takes no more ({error}): this goes on without", file=sys.stderr)
+            # Any other fault is this entry's alone: somebody may be removing the folder.
+            if getattr(error.__cause__ or error, "errno", None) in NO_ROOM:
+                self._stop(error)
+
+    def _stop(self, reason: object) -> None:
+        self.full = True
+        print(f"the cache of resized images takes no more ({reason}): this goes on without", file=sys.stderr)
 
 
 def _read(entry: Path, digest: bytes) -> Image.Image | None:
@@ -138,11 +149,11 @@ class Cache:
 
     def __init__(self, place: str | Path, flag: str = "--cache-resized") -> None:
         self.place, self.flag = Path(os.path.abspath(Path(place).expanduser())), flag
-        probe = self.place / f".writable.{os.getpid()}.tmp"
+        probe = self.place / f".writable.{secrets.token_hex(4)}.tmp"
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # somebody may be removing the folder
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{flag} {place}: nothing can be written there ({reason}); name another folder") from error
@@ -157,13 +168,12 @@ class Cache:
         return Data(self.of(data.train), self.of(data.val), self.of(data.test))
 
     def plan(self, data: Data) -> str:
-        """A sentence on the room that the images of an experiment take; what killed processes left is removed.
+        """A sentence on the room that the images of an experiment take; what was long abandoned is removed.
 
         Raises:
             UserError: the disk has too little of it.
         """
-        for folder in self.place.glob("*/[0-9a-f][0-9a-f]"):
-            remove_leftovers(folder)
+        _remove_abandoned(self.place)
         splits = (data.train, data.val) if data.selection == "test-selected" else (data.train, data.val, data.test)
         keeps = [(images, keep) for images in splits if (keep := self._keep(images)) is not None]
         if not keeps:
@@ -188,6 +198,14 @@ class Cache:
             return None
         resize, _ = _split_off(images.transform)
         return Keep(_folder(self.place, resize), resize)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Removes old temporary files of entries: nobody can tell whether writers on other machines live."""
+    for temporary in place.glob("*/[0-9a-f][0-9a-f]/.*.tmp"):
+        with suppress(OSError):  # it has got its name meanwhile, or somebody else removed it
+            if temporary.stat().st_mtime < time.time() - ABANDONED:
+                temporary.unlink()
 
 
 def _folder(place: Path, resize: T.Compose | None) -> Path:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -258,15 +259,73 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         Cache(tmp_path / "file")
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_a_fault_of_one_entry_costs_that_entry_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where somebody removes the folder, or its temporary file, while an entry is written."""
+    images = pictures(tmp_path / "images")
+    cached = Cache(tmp_path / "kept").of(images)
+    replace, calls = os.replace, 0
+
+    def removed_once(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            shutil.rmtree(tmp_path / "kept")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", removed_once)
+    assert equal(epochs(cached), epochs(images))
+    assert len(entries(tmp_path / "kept")) == 4  # the second epoch makes up for it
+    assert calls == 5
+    assert capsys.readouterr().err == ""
+
+
+def test_writers_of_one_number_have_temporary_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers that share the folder may each have a process 7."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    images = pictures(tmp_path / "images", 1)
+    cached, other = Cache(tmp_path / "kept").of(images), Cache(tmp_path / "kept").of(images)
+    replace, names = os.replace, []
+
+    def between(source: Any, target: Any) -> None:
+        names.append(Path(source).name)
+        if len(names) == 1:
+            other[0]
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", between)
+    assert torch.equal(cached[0][0], other[0][0])
+    assert len(set(names)) == 2
+    assert len(entries(tmp_path / "kept")) == 1
+
+
+def test_a_folder_may_go_while_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch = Path.touch
+
+    def touched_and_gone(path: Path) -> None:
+        touch(path)
+        shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(Path, "touch", touched_and_gone)
+    Cache(tmp_path / "kept")
+
+
+def test_what_was_long_abandoned_is_removed(tmp_path: Path) -> None:
+    """A younger temporary file may be that of a living writer on another machine, whatever its number is here."""
     images = pictures(tmp_path / "images", 1)
     cache = Cache(tmp_path / "kept")
     batches(cache.of(images))
     (entry,) = entries(cache.place)
-    left = entry.with_name(f".{entry.name}.{2**22 + 1}.tmp")  # above the largest number of a process
-    left.touch()
+    old, young = (entry.with_name(f".{entry.name}.{token}.{2**22 + 1}.tmp") for token in ("0a", "0b"))
+    for path, age in ((old, 3700), (young, 3500), (entry, 3700)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
     cache.plan(Data(images, images, images))
-    assert not left.exists()
+    assert not old.exists()
+    assert young.exists()
     assert entry.exists()
 
 

@@ -132,7 +132,7 @@ class _Saves:
 
     def _opened(self, path: Path, mode: str = "r", **named: Any) -> Any:
         file = open(path, mode, **named)  # noqa: SIM115 - the caller's to close
-        temporary = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.\d+\.tmp", path.name)
         if temporary is None:
             return file
         self.name = temporary[1]
