@@ -20,7 +20,8 @@ def fuse(optimizer: Optimizer) -> None:
     """Turns the fused form on, where the optimizer has one for its parameters; others stay as they are.
 
     As if it had been built with `fused=True`, but for the momentum of SGD, which stands there from the start: torch
-    makes it in the first update, and leaves it unset where that one is skipped.
+    makes it in the first update, leaves it unset where that one is skipped, and refuses a group of which some
+    parameters have it and others, unfrozen later, do not.
     """
     groups = optimizer.param_groups
     if type(optimizer) not in KINDS or any(group["differentiable"] or group.get("dampening") for group in groups):
@@ -32,8 +33,8 @@ def fuse(optimizer: Optimizer) -> None:
         group["fused"], group["foreach"] = True, False
     setattr(optimizer, "_step_supports_amp_scaling", True)  # noqa: B010 - no declared attribute
     for parameter, group in _with_groups(optimizer):
-        if group.get("momentum"):
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        if group.get("momentum") and optimizer.state[parameter].get("momentum_buffer") is None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:

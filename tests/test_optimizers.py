@@ -59,7 +59,7 @@ def test_fused_updates_are_those_of_the_loop(name: str) -> None:
 @pytest.mark.parametrize("saved_fused", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_goes_on_in_either_form(name: str, saved_fused: bool, tmp_path: Path) -> None:
-    """A state of an earlier version, saved by the loop, goes on fused, and the other way round; the check lets both."""
+    """A state saved by the loop, as on a device without fused form, goes on fused, and the other way round."""
     whole, model = small_model(), small_model()
     reference, first = OPTIMIZERS[name](whole.parameters()), OPTIMIZERS[name](model.parameters())
     train(whole, reference, range(6))
@@ -88,8 +88,34 @@ def test_a_state_from_before_the_first_update_goes_on() -> None:
     assert all(not optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())
 
 
+def test_momentum_that_is_there_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fuse(optimizer)
+    train(model, optimizer, range(1))
+    state = copy.deepcopy(state_of(optimizer))
+    monkeypatch.setattr(torch, "zeros_like", None)
+    load_state(optimizer, state)
+    for parameter, saved in zip(model.parameters(), state["state"].values(), strict=True):
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], saved["momentum_buffer"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_may_be_unfrozen_later(name: str) -> None:
+    plain, fused = small_model(), small_model()
+    loop, kernel = OPTIMIZERS[name](plain.parameters()), OPTIMIZERS[name](fused.parameters())
+    for model in (plain, fused):
+        model[0].requires_grad_(False)
+    fuse(kernel)
+    for steps, frozen in ((range(2), True), (range(2, 5), False)):
+        for model, optimizer in ((plain, loop), (fused, kernel)):
+            model[0].requires_grad_(not frozen)
+            train(model, optimizer, steps)
+    assert_near(plain, fused)
+
+
 def test_a_state_of_another_memory_layout_goes_on() -> None:
-    """Started on a CPU, or by an earlier version, with contiguous filters; gone on with channels last."""
+    """Started on a CPU, with contiguous filters; gone on on a GPU, with channels last."""
     plain, model = small_model(), small_model().to(memory_format=torch.channels_last)
     for one in (plain, model):
         optimizer = AdamW(one.parameters(), lr=0.01)
