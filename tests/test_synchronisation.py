@@ -1,17 +1,18 @@
 """A training step asks the device for nothing: no operation of it has a result that Python must wait for.
 
 Counted on a CPU, where the same operations are asked for: what makes a GPU wait is a scalar or a shape that depends on
-values, and numbers that Python hands over.
+values, numbers that Python hands over, and what is brought to the CPU.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import CLASSES, MODELS, SIZE, objective_of
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,11 +31,27 @@ from glsim.train_utils.settings import Settings
 
 CPU = torch.device("cpu")
 EIGHT = Images("toy", "train", list("abcdefgh"), [Path("x")] * 8, [0] * 8, list("ABC")[:CLASSES], TF.to_tensor)
+READS = ("tolist", "cpu", "numpy", "item")  # methods, of which most ask for no operation on a CPU
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "_unique2", "item"}
 
 
 class Waits(TorchDispatchMode):
-    """Fails where an operation would make Python wait for a GPU."""
+    """Fails where an operation, or a method of a tensor, would make Python wait for a GPU.
+
+    For a GPU stands torch.device("cpu"), to which the engine brings its batches; "cpu" by name is the CPU.
+    """
+
+    def __enter__(self) -> "Waits":
+        self.patch = pytest.MonkeyPatch()
+        for name in READS:
+            self.patch.setattr(Tensor, name, _failing(name))
+        self.patch.setattr(Tensor, "to", _unless_named(Tensor.to))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self.patch.undo()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
@@ -42,6 +59,45 @@ class Waits(TorchDispatchMode):
         assert name not in WAITING, f"{function} waits for the device"
         assert not by_mask, f"{function} by a mask waits for the device"
         return function(*args, **(kwargs or {}))
+
+
+def _failing(name: str) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError(f"{name} waits for the device")
+
+    return fail
+
+
+def _unless_named(to: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def brought(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert not any(isinstance(where, str) for where in (*args, *kwargs.values())), "to waits for the device"
+        return to(tensor, *args, **kwargs)
+
+    return brought
+
+
+WAITS: dict[str, Callable[[Tensor], Any]] = {
+    "tolist": lambda tensor: tensor.tolist(),
+    "cpu": lambda tensor: tensor.cpu(),
+    "numpy": lambda tensor: tensor.numpy(),
+    "numpy of numpy": np.asarray,
+    "item": lambda tensor: tensor.sum().item(),
+    "to": lambda tensor: tensor.to("cpu"),
+    "to device": lambda tensor: tensor.to(device="cpu", dtype=torch.float64),
+    "float": lambda tensor: float(tensor.sum()),
+    "if": lambda tensor: 1 if tensor.sum() > 0 else 0,
+    "mask": lambda tensor: tensor[tensor > 0],
+    "list": lambda tensor: tensor + torch.tensor([1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_seen(name: str) -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    WAITS[name](tensor)
+    with Waits(), pytest.raises(AssertionError, match="waits for the device"):
+        WAITS[name](tensor)
+    WAITS[name](tensor)  # nothing of it stays
 
 
 def ready(count: int) -> Iterator[Batch]:
@@ -112,7 +168,7 @@ def test_focal_loss_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_optimizer_that_is_not_fused_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other tests of this file mean something."""
-    with pytest.raises(AssertionError, match="_local_scalar_dense"):
+    with pytest.raises(AssertionError, match="item waits"):
         train(MODELS["ViT"](), monkeypatch, optimize=lambda parameters: NAdam(parameters, lr=0.01))
 
 
@@ -122,7 +178,7 @@ def test_evaluation_waits_once_at_its_end(monkeypatch: pytest.MonkeyPatch) -> No
 
     def gather(index: list[int], columns: Any, *_: Any) -> Predictions:
         gathered.extend(index)
-        rest = torch.zeros(8, dtype=torch.long).numpy()
+        rest = np.zeros(8, dtype=int)
         return Predictions(rest, rest, rest[:, None], rest.astype(float))
 
     monkeypatch.setattr(common.engine, "_gathered", gather)
