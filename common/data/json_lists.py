@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 CHUNK = 1 << 20  # characters that are read at once
 _SPACE = re.compile(r"[ \t\n\r]*")
+_CUT = 16  # characters: no word, escape or end of a number that the end of a window may cut is longer
 _BEHIND = frozenset(",]}: \t\n\r")  # what may follow a value
 _decode = json.JSONDecoder().raw_decode
 
@@ -87,12 +88,13 @@ class _Text:
             try:
                 value, end = _decode(self.window, self.at)
             except json.JSONDecodeError as error:
-                if self._grow():
+                unfinished = self._at_end(error.pos) or error.msg.startswith("Unterminated string")
+                if unfinished and self._grow():
                     continue
                 error.lineno += self.lines
                 raise
             # A number may go on beyond the window, as 1.5 does after 1 and after "1.".
-            if self.window[end : end + 1] in _BEHIND or not self._grow():
+            if self.window[end : end + 1] in _BEHIND or not self._at_end(end) or not self._grow():
                 self.at = end
                 return value
 
@@ -110,6 +112,10 @@ class _Text:
         error = json.JSONDecodeError(problem, self.window, self.at)
         error.lineno += self.lines
         return error
+
+    def _at_end(self, place: int) -> bool:
+        """Whether what stands there may be another thing once the window has grown."""
+        return place > len(self.window) - _CUT
 
     def _grow(self) -> bool:
         """Takes in as much again, and lets go of what was read; whether there was more."""

@@ -3,6 +3,7 @@
 import io
 import json
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,6 +62,59 @@ def test_what_is_no_json_is_refused_with_its_line(text: str, chunk: int, monkeyp
     with pytest.raises(json.JSONDecodeError) as found:
         lists(text.encode())
     assert found.value.lineno == by_json.value.lineno
+
+
+WHOLE = (
+    '{"other": [true, null, -Infinity, NaN, -1.25e+300], \n"images": [{\n"a": "\\ud83d\\ude00 \\"", "b": {}}, -0.5]}'
+)
+
+
+def outcome(read: Callable[[bytes], Any], content: bytes) -> Any:
+    """The line of an error, or what was read: as text, because NaN is not equal to itself."""
+    try:
+        return repr(read(content))
+    except json.JSONDecodeError as error:
+        return error.lineno
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 1000])
+def test_any_one_character_that_is_missing_or_wrong(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lists, "CHUNK", chunk)
+    for at in range(len(WHOLE)):
+        for instead in ("", "x", '"', "]", "1", "\\", WHOLE[at]):
+            content = (WHOLE[:at] + instead + WHOLE[at + 1 :]).encode()
+            assert outcome(lists, content) == outcome(expected, content), content
+
+
+class Counted(io.BytesIO):
+    """Counts the bytes that are read of it."""
+
+    count = 0
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        found = super().read1(size)
+        self.count += len(found)
+        return found
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        '{"images": [{"id": 1,, ',
+        '{"images": [1x, ',
+        '{"images": ["a"b, ',
+        '{"images": [tru, ',
+        '{"images": [1.x, ',
+        '{"a": ["\n", ',
+    ],
+)
+def test_an_early_error_is_told_early(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not after the whole file, 450 MB perhaps, has been taken into memory."""
+    monkeypatch.setattr(json_lists, "CHUNK", 100)
+    file = Counted(start.encode() + b"1, " * 100_000)
+    with pytest.raises(json.JSONDecodeError):
+        read_lists(file, {"images": lambda _, entry: entry})
+    assert 0 < file.count < 30_000
 
 
 def test_of_several_values_of_a_name_the_last_counts() -> None:
