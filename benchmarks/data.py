@@ -27,15 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import ffvt.data
 import glsim.data_utils.transforms
 from benchmarks import report
 from benchmarks.models import Memory
+from benchmarks.photographs import FOOD, write_photographs
 from common.data import Images, coco, write_demo
 from common.data.images import Transform
 from common.data.kept import Cache
@@ -46,7 +45,7 @@ from glsim.train_utils.settings import Settings
 from glsim.train_utils.yaml_config import CONFIGS, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = ((500, 375), (1024, 682))  # pixels, of Food-101 and iNaturalist photographs, say
+SIZES = (FOOD, (1024, 682))  # pixels; the others are those of iNaturalist photographs, say
 COCO_IMAGES, COCO_UNLABELLED, COCO_BOXES = 118_287, 1_021, 860_001  # of train2017
 WAYS = ("floor", "ours", "first", "kept")
 
@@ -87,30 +86,6 @@ def published_transforms(folder: Path) -> dict[str, Transform]:
     for name, transform in found:
         names.setdefault(repr(transform), (name, transform))
     return dict(names.values())
-
-
-def photograph(size: tuple[int, int], number: int) -> Image.Image:
-    """Waves of many lengths, the longer the stronger, and grain: a JPEG of quality 90 takes about 2.5 bits a pixel."""
-    width, height = size
-    draw = np.random.default_rng(number)
-    y, x = np.mgrid[0:height, 0:width] / width
-    colours = draw.normal(scale=0.05, size=(height, width, 1)).repeat(3, axis=2)
-    for octave in range(1, 8):
-        for channel in range(3):
-            across, down, phase = draw.normal(size=3)
-            wave = np.sin(2 * np.pi * (2**octave * (across * x + down * y) + phase))
-            colours[..., channel] += wave / 2 ** (0.9 * octave)
-    low, high = colours.min(), colours.max()
-    return Image.fromarray(((colours - low) / (high - low) * 255).astype(np.uint8))
-
-
-def write_photographs(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """A folder of one class for ImageFolder."""
-    place = folder / f"{size[0]}x{size[1]}" / "class"
-    place.mkdir(parents=True)
-    for number in range(count):
-        photograph(size, number).save(place / f"{number}.jpg", quality=90)
-    return place.parent
 
 
 def measure(root: Path, transform: Transform, rounds: int, scratch: Path) -> dict[str, float]:
@@ -212,7 +187,8 @@ def main() -> None:
         folder = Path(name)
         chosen = {name: t for name, t in published_transforms(folder / "demo").items() if recipe.only in name}
         for size in () if recipe.coco else SIZES:
-            root = write_photographs(folder, size, recipe.images)
+            root = folder / f"{size[0]}x{size[1]}"
+            write_photographs(root / "class", size, recipe.images)  # of one class, for ImageFolder
             head = f"{'floor':>9}{'ours':>9}{'time':>7}{'first':>9}{'kept':>9}{'gain':>7}"
             print(f"\n{f'{size[0]} x {size[1]}, images/s':44}{head}")
             for title, transform in chosen.items():

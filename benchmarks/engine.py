@@ -50,7 +50,7 @@ class Options:
     json: str | None = None  # also write the figures to this file
 
 
-class Memory:
+class InMemory:
     """Images and labels that need no reading; stands in for common.data's Images."""
 
     split = "memory"
@@ -77,7 +77,7 @@ def build(recipe: Recipe, device: torch.device, compiled: bool) -> tuple[nn.Modu
 
 
 def bare_steps(
-    model: nn.Module, optimizer: SGD, data: Memory, precision: Precision, batch_size: int
+    model: nn.Module, optimizer: SGD, data: InMemory, precision: Precision, batch_size: int
 ) -> Iterator[Tensor]:
     """The loop that a tutorial would write, on batches that lie on the device."""
     device, layout = precision.device, memory_format(model, precision.device)
@@ -114,7 +114,7 @@ def timed(take: Callable[[], Any], steps: int, device: torch.device) -> tuple[fl
 
 def measure(recipe: Recipe, device: torch.device, precision_name: str, compiled: bool) -> dict[str, Any]:
     """Seconds a step of the bare loop and of the engine, and what the engine takes more, as a share."""
-    data = Memory(recipe)
+    data = InMemory(recipe)
     model, optimizer = build(recipe, device, compiled)
     bare = bare_steps(model, optimizer, data, Precision(precision_name, device), recipe.batch_size)
     model, optimizer = build(recipe, device, compiled)

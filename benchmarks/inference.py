@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
 from benchmarks import report
 from benchmarks.models import RIVALS
+from benchmarks.photographs import FOOD, write_photographs
 from common import dist
 from common.amp import Precision
 from common.engine import Loading
@@ -107,16 +106,6 @@ def line(model: Asked, size: int, batch_size: int) -> dict[str, Any]:
     return about | figures | {"images_per_s": batch_size / statistics.median(model.batched)}
 
 
-def write_pictures(folder: Path, count: int) -> list[Path]:
-    """JPEG files of smooth noise, each another."""
-    random = np.random.default_rng(0)
-    paths = [folder / f"{number}.jpg" for number in range(count)]
-    for path in paths:
-        coarse = Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-    return paths
-
-
 def measure_prediction(size: int, recipe: Recipe, precision: Precision, workers: int) -> dict[str, Any]:
     """Images/s of --predict for the plain ViT, and of the model alone on the same batches."""
     asked = Asked(PLAIN, RIVALS[0].floor(size, recipe.num_classes), precision)
@@ -125,7 +114,7 @@ def measure_prediction(size: int, recipe: Recipe, precision: Precision, workers:
     predict = Predictor(asked.model, T.Compose(steps), names, precision.device, precision, loading)
     seconds: dict[str, list[float]] = {"predict": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(Path(folder), recipe.files)
+        paths = write_photographs(Path(folder), FOOD, recipe.files)
         batches = torch.randn(recipe.files, 3, size, size, device=precision.device).split(recipe.batch_size)
         for number in range(recipe.rounds + 1):
             found = timed(lambda: predict(paths, 5), precision.device), sum(map(asked.seconds, batches))

@@ -23,16 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torchvision import transforms as T
 
 from benchmarks import report
+from benchmarks.photographs import FOOD, write_photographs
 from common import dist
 from common.amp import Precision
 from common.data.images import Images
@@ -61,19 +60,6 @@ class Options:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic
     workers: int = 1  # data-loading processes per training process
     json: str | None = None  # also write the figures to this file
-
-
-def write_photographs(folder: Path, count: int) -> list[Path]:
-    """`count` JPEG files of 500 x 375 pixels whose size and detail are about those of photographs."""
-    generator = np.random.default_rng(0)
-    paths = []
-    for number in range(count):
-        rough = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        fine = generator.normal(0, 8, (375, 500, 3))
-        pixels = np.asarray(rough.resize((500, 375), Image.Resampling.BICUBIC)) + fine
-        paths.append(folder / f"{number}.jpg")
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
-    return paths
 
 
 class Worker:
@@ -176,7 +162,7 @@ def main() -> None:
         return
     counts = [int(word) for word in recipe.processes.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), recipe.batch_size * max(counts) * 4)
+        write_photographs(Path(folder), FOOD, recipe.batch_size * max(counts) * 4)
         lines = [launched(count, Path(folder)) for count in counts]
     print(f"{recipe.model}, {recipe.img_size} px, {recipe.batch_size} images a process, {options.precision}")
     print(f"{'processes':>9}{'step s':>9}{'images/s':>10}{'of linear':>11}{'input':>8}{'collectives':>13}")

@@ -17,7 +17,8 @@ from faults.image_kinds import KINDS, Kind
 from tiny_trees import write_image
 from torchvision import transforms as T
 
-from benchmarks.data import photograph, published_transforms
+from benchmarks.data import published_transforms
+from benchmarks.photographs import photograph
 from common.data import BadImage, Data, Images, kept
 from common.data.images import load_image
 from common.data.kept import Cache, Keep
