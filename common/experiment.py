@@ -171,7 +171,7 @@ class Experiment:
         return self.objective
 
     def options(self, recipe: Any, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
-        """The options with what the recipe says of them; `chosen` were given on the command line.
+        """The options with what the recipe says of them; `chosen` of both were given on this command line.
 
         Options in `names` have no flag of their own.
         """

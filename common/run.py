@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,7 @@ def _train(
     chosen: dict[str, Any],
     device: torch.device,
 ) -> None:
+    given = chosen.keys() | overrides.keys()
     launches = {name for name in dist.gather(dist.launch_name()) if name}
     started = started_before(experiment, recipe, options, launches)
     if started is not None:
@@ -235,7 +236,7 @@ def _train(
         moved = {name: getattr(recipe, name) for name in experiment.places if name in overrides}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
-    options = experiment.options(recipe, options, device, chosen)
+    options = experiment.options(recipe, options, device, given)
     if folder is not None:
         options = dataclasses.replace(options, **info["options"])
     if options.deterministic:
@@ -335,7 +336,7 @@ def _evaluate(
 ) -> None:
     checkpoint = find_checkpoint(experiment, recipe, options, overrides)
     path, recipe, info, _ = checkpoint
-    options, precision = _for_evaluation(experiment, recipe, options, device, chosen)
+    options, precision = _for_evaluation(experiment, recipe, options, device, chosen.keys() | overrides.keys())
     data = keep_resized(experiment, read_data(experiment, recipe, options), options)
     check_classes(path, info["classes"] if info else experiment.classes_of(path), data)
     model = trained_model(experiment, checkpoint, len(data.classes))
@@ -361,11 +362,11 @@ def _evaluate(
 
 
 def _for_evaluation(
-    experiment: Experiment, recipe: Any, options: Options, device: torch.device, chosen: dict[str, Any]
+    experiment: Experiment, recipe: Any, options: Options, device: torch.device, given: Collection[str]
 ) -> tuple[Options, Precision]:
     """The options with what the recipe of a checkpoint says of them, and the precision in which its model answers."""
     _check_numbers(experiment, recipe, options)
-    options = experiment.options(recipe, options, device, chosen)
+    options = experiment.options(recipe, options, device, given)
     if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
         raise UserError(f"{experiment.flag('amp_backend')} apex is for training: leave it out here")
     if options.deterministic:
@@ -383,7 +384,8 @@ def _predict(
 ) -> None:
     paths = find_images(options.predict or [])
     checkpoint = find_checkpoint(experiment, recipe, options, overrides)
-    options, precision = _for_evaluation(experiment, checkpoint.recipe, options, device, chosen)
+    given = chosen.keys() | overrides.keys()
+    options, precision = _for_evaluation(experiment, checkpoint.recipe, options, device, given)
     model, classes, transform = model_to_ask(experiment, checkpoint, options)
     say(f"model: {checkpoint.path}")
     if dist.is_main():
