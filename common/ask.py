@@ -21,6 +21,20 @@ from common.records import write_record
 from common.session import Session, explain_machine, loading_of, make_folder, on_device
 from common.train import tell_results
 
+# Options that would do nothing.
+IN_VAIN = {
+    "predict": ("cache_resized",),
+    "export": ("compile", "deterministic", "amp_backend", "cache_resized", "top", "out"),
+}
+
+
+def check_asked(experiment: Experiment, options: Options) -> None:
+    """Refuses an option that would do nothing, before any work is done."""
+    for mode in (mode for mode in IN_VAIN if getattr(options, mode)):
+        for name in IN_VAIN[mode]:
+            if getattr(options, name) != getattr(Options, name):
+                raise UserError(f"{experiment.flag(name)} does nothing with {experiment.flag(mode)}: leave it out")
+
 
 def evaluate(
     experiment: Experiment,

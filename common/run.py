@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common import dist
-from common.ask import evaluate, predict, write_export
+from common.ask import check_asked, evaluate, predict, write_export
 from common.data import Data
 from common.data.loader import Plan, seed_everything
 from common.determinism import make_deterministic, settings_kept
@@ -140,6 +140,7 @@ def _dispatch(
     modes = [name for name in ("resume", "eval", "predict", "export") if getattr(options, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other")
+    check_asked(experiment, options)
     check_out(options.out)
     check_export(options.export, chosen)
     launch = dist.detect()
