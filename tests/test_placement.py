@@ -118,8 +118,8 @@ def test_every_model_is_one_graph_for_any_batch(name: str, monkeypatch: pytest.M
     assert counter.frame_count == 2 + 3 * (name == "GFT described")
 
 
-def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, weights, hooks and results; its copy is compiled no more than that of any module."""
+def test_a_compiled_model_is_the_same_model() -> None:
+    """Names, weights, hooks and results."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = MODELS["ResNet-18"]()
@@ -136,6 +136,31 @@ def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(one.grad, other.grad, msg=name)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before.state_dict()[name])
+
+
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(tmp_path: Path) -> None:
+    """A deep copy is compiled as the model is; what was saved as a whole is not."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    calls: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *given: (calls.append(1), graph.forward(*given))[1]
+
+    model, images = MODELS["ViT"]().eval(), torch.randn(2, 3, SIZE, SIZE)
+    compile_model(model, backend=backend)
+    with torch.no_grad():
+        expected = model(images)
+        copied = copy.deepcopy(model)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(images).any()
+        torch.testing.assert_close(model(images), expected)
+        assert len(calls) == 3
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        torch.testing.assert_close(loaded(images), expected)
+        assert len(calls) == 3
 
 
 def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
