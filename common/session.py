@@ -19,7 +19,7 @@ from common import dist
 from common.amp import Precision
 from common.data import Data
 from common.data.images import Images
-from common.data.loader import Batch
+from common.data.loader import Batch, workers_explained
 from common.determinism import arithmetic
 from common.engine import Loading, evaluate
 from common.errors import UserError
@@ -61,9 +61,10 @@ def make_folder(experiment: Experiment, recipe: Any, options: Options) -> Path:
 
 @contextmanager
 def explain_machine(experiment: Experiment, recipe: Any, options: Options) -> Iterator[None]:
-    """A GPU that is too small for the batch; a machine that cannot compile the model."""
+    """A GPU that is too small for the batch; a machine that cannot compile the model, or kills data workers."""
+    compiled = compilation_explained(experiment.flag("compile")) if options.compile else nullcontext()
     try:
-        with compilation_explained(experiment.flag("compile")) if options.compile else nullcontext():
+        with compiled, workers_explained(experiment.flag("workers")):
             yield
     except torch.OutOfMemoryError as error:
         share = experiment.global_batch_size(recipe) // dist.size()

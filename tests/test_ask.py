@@ -1,9 +1,15 @@
-"""common.ask: what a trained model is not asked for together."""
+"""common.ask: what a trained model is not asked for together; what a machine lacks for it."""
 
 from pathlib import Path
 
 import pytest
 from scripts import run_script
+
+from common.errors import UserError
+from common.experiment import Options
+from common.session import explain_machine
+from glsim.tools.train import EXPERIMENT
+from glsim.train_utils.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,11 @@ def test_an_option_that_does_nothing_is_refused(
 def test_what_is_as_without_it_is_no_fault(tmp_path: Path) -> None:
     words = ("--export", tmp_path / "a.pt2", "--no-compile", "--amp-backend", "native", "--output", tmp_path)
     assert "does nothing" not in run_script("gft_food101.py", *words).err
+
+
+def test_a_worker_that_was_killed_is_a_sentence_in_the_programs_own_words() -> None:
+    said = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"
+    with pytest.raises(UserError, match=r"--cpu_workers 0$"), explain_machine(EXPERIMENT, Recipe(), Options()):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match=r"^another$"), explain_machine(EXPERIMENT, Recipe(), Options()):
+        raise RuntimeError("another")
