@@ -4,6 +4,7 @@ Results stay equal but for rounding, those of training with dropout excepted: co
 """
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -58,7 +59,8 @@ def compilation_explained(flag: str) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         reason = " ".join(str(error).partition("\n\n")[0].split())  # the rest is advice for developers of torch
+        lacking = re.search(r"\bC(\+\+)? compiler|triton installation", reason, re.IGNORECASE)
+        remedy = "install a C++ compiler (with a GPU also Triton), or " if lacking else ""
         raise UserError(
-            f"{flag}: the model cannot be compiled here ({reason}): install a C++ compiler (with a GPU also Triton), "
-            "or leave it out"
+            f"{flag}: torch {torch.__version__} cannot compile the model here ({reason}): {remedy}leave it out"
         ) from error

@@ -1,6 +1,7 @@
 """common.placement: memory formats, and that torch.compile takes every model whole, for any batch size."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,25 @@ def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPat
     assert "was started without --compile: resume it without --compile" in again.err
 
 
-def test_a_machine_without_a_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        (
+            RuntimeError("InvalidCxxCompiler: No working C++ compiler found"),
+            r"install a C\+\+ .*, or leave it out",
+        ),
+        (NotImplementedError("DDPOptimizer backend: Found a higher order op in the graph"), "leave it out"),
+    ],
+)
+def test_what_cannot_be_compiled_is_told_in_a_sentence(fault: Exception, remedy: str) -> None:
+    """With torch's own reason; a compiler is asked for where one is lacking."""
+
     def backend(*_: Any) -> Any:
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+        raise fault
 
     torch._dynamo.reset()
     model = MODELS["ViT"]()
     compile_model(model, backend=backend)
-    sentence = r"--compile: .*No working C\+\+ compiler found.*: install a C\+\+ compiler"
+    sentence = rf"^--compile: torch \S+ cannot compile the model here \(.*{re.escape(str(fault))}.*\): {remedy}$"
     with pytest.raises(UserError, match=sentence), compilation_explained("--compile"):
         use(model, 2, train=False)
