@@ -1,6 +1,7 @@
 """common.placement: memory formats, and that torch.compile takes every model whole, for any batch size."""
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from scripts import run_script
+from scripts import ROOT, run_script
+from test_dist import processes, torchrun_environments
 from tiny_models import CLASSES, MODELS, SIZE, objective_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -209,3 +211,38 @@ def test_what_cannot_be_compiled_is_told_in_a_sentence(fault: Exception, remedy:
     sentence = rf"^--compile: torch \S+ cannot compile the model here \(.*{re.escape(str(fault))}.*\): {remedy}$"
     with pytest.raises(UserError, match=sentence), compilation_explained("--compile"):
         use(model, 2, train=False)
+
+
+def test_compiled_models_on_two_processes_have_the_gradients_of_plain_ones(tmp_path: Path) -> None:
+    """Each process has images of its own, the gradients are the mean of both; --grad-checkpointing goes with it."""
+    program = """
+        import copy
+        from tiny_models import CLASSES, MODELS, SIZE, objective_of
+        from common.engine import wrap
+        from common.placement import compile_model
+        launch = dist.detect()
+        device = dist.choose_device("cpu", launch)
+        dist.start(launch, device, timeout_s=60)
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            plain = MODELS["FFVT"]()
+            plain.set_grad_checkpointing(checkpointing)
+            compiled = copy.deepcopy(plain)
+            calls = []
+            compile_model(compiled, backend=lambda graph, _: lambda *given: (calls.append(1), graph(*given))[1])
+            torch.manual_seed(dist.rank())
+            images, labels = torch.randn(2, 3, SIZE, SIZE), torch.randint(CLASSES, (2,))
+            for model in (plain, compiled):
+                torch.manual_seed(2 + dist.rank())  # dropout
+                wrapped = wrap(model, device)
+                objective_of(model)(wrapped, images, labels)[0].backward()
+            assert calls
+            for (name, one), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad, msg=name)
+                assert torch.equal(one.grad, dist.broadcast(one.grad)), name
+        dist.stop()
+        print("done")
+    """
+    path = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    for status, out, err in processes(program, [each | path for each in torchrun_environments(2)], tmp_path):
+        assert (status, out) == (0, "done\n"), err
