@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from common.data.kept import Cache
 from common.data.loader import Order, Plan, shuffled
 from common.data.published import published
 from common.engine import Objective, cross_entropy
-from common.errors import UserError
+from common.errors import UserError, brief
 from common.log import Listener, say
 from common.metrics import Predictions
 from common.npz import missing_npz
@@ -171,7 +172,7 @@ class Experiment:
         return self.objective
 
     def options(self, recipe: Any, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
-        """The options with what the recipe says of them; `chosen` were given on the command line.
+        """The options with what the recipe says of them; `chosen` of both were given on this command line.
 
         Options in `names` have no flag of their own.
         """
@@ -244,6 +245,20 @@ class Experiment:
 
     def with_weights(self, recipe: Any, source: str) -> Any:
         return dataclasses.replace(recipe, **{self.names.get("weights", "weights"): source})
+
+
+def check_numbers(experiment: Experiment, recipe: Any, options: Options) -> None:
+    """UserError for a number of recipe or options that nothing can be done with."""
+    may_be_zero = experiment.may_be_zero | {"workers", "skip_bad_images"}
+    for fields in (recipe, options):
+        for name, value in vars(fields).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if isinstance(value, int) and value >= 1 << 63:
+                raise UserError(f"{experiment.flag(name)} {brief(value)}: expected less than 2^63")
+            if not (value >= 0 if name in may_be_zero else value > 0) or value == math.inf:
+                least = "0 or more" if name in may_be_zero else "more than 0"
+                raise UserError(f"{experiment.flag(name)} {brief(value)}: expected {least}")
 
 
 def read_data(experiment: Experiment, recipe: Any, options: Options) -> Data:

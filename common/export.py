@@ -15,7 +15,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def export(model: nn.Module, transform: T.Compose, classes: list[str], weights: 
     make = _onnx if path.suffix == ".onnx" else _pt2
     with _moved_to(path) as file:
         run = make(_traced(module, shape), file, {name: json.dumps(value) for name, value in described.items()})
-        with torch.inference_mode():
+        with torch.inference_mode(), _explained("ONNX" if make is _onnx else "torch.export"):
             found = torch.cat([run(tried[:count]) for count in TRIED])
         difference = (found - expected).abs().max().item()
         if not difference <= TOLERANCE:  # NaN neither
@@ -137,25 +136,28 @@ def _onnx(program: ExportedProgram, file: Path, described: dict[str, str]) -> Fu
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with _explained("ONNX"):
         converted = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False, **names)
-    assert converted is not None
-    converted.model.metadata_props.update(described)
-    converted.save(file)
-    session = importlib.import_module("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
+        assert converted is not None
+        converted.model.metadata_props.update(described)
+        converted.save(file)
+        session = importlib.import_module("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 def _pt2(program: ExportedProgram, file: Path, described: dict[str, str]) -> Function:
     buffer = io.BytesIO()  # given a file, torch makes an error of its own of a disk that is full
-    torch.export.save(program, buffer, extra_files={f"{name}.json": text for name, text in described.items()})
-    file.write_bytes(buffer.getbuffer())
-    return torch.export.load(file).module()
+    with _explained("torch.export"):
+        torch.export.save(program, buffer, extra_files={f"{name}.json": text for name, text in described.items()})
+        file.write_bytes(buffer.getbuffer())
+        return torch.export.load(file).module()
 
 
 @contextmanager
 def _explained(form: str) -> Iterator[None]:
-    """What goes wrong in the block is the exporter's: the model has been run."""
+    """What goes wrong in the block is the exporter's: the model has been run, and of the disk `_moved_to` speaks."""
     try:
         yield
+    except OSError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
@@ -165,5 +167,5 @@ def _explained(form: str) -> Iterator[None]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    packages = PACKAGES if path.suffix == ".onnx" else ()
-    return versions() | {package: metadata.version(package) for package in packages}
+    packages = PACKAGES if path.suffix == ".onnx" else ()  # onnxruntime may have been installed as onnxruntime-gpu
+    return versions() | {package: importlib.import_module(package).__version__ for package in packages}

@@ -1,8 +1,13 @@
-"""How a model lies in memory, on which device, and torch.compile: what makes it fast and leaves its results alone."""
+"""How a model lies in memory, on which device, and torch.compile: what makes it fast.
+
+Results stay equal but for rounding, those of training with dropout excepted: compiled code draws other random numbers.
+"""
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,19 +33,21 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 def compile_model(model: nn.Module, **how: Any) -> None:
     """Has the model's forward pass, and with it the backward pass, compiled when it is first called.
 
-    The model itself, its names and its hooks stay as they are. One graph serves every batch size but 1, so that the
-    last batch of an epoch costs no compilation, and takes no other kernels. `how` goes to torch.compile.
+    The model itself, its names and its hooks stay as they are; a deep copy is compiled too, one that was saved and
+    loaded is not. One graph serves every batch size but 1, so that the last batch of an epoch costs no compilation, and
+    takes no other kernels. `how` goes to torch.compile.
     """
-    forward = torch.compile(model.forward, **how)
+    plain = type(model).forward
+    forward = torch.compile(plain, **how)
 
-    @functools.wraps(model.forward)
-    def of_any_batch(*inputs: Any, **more: Any) -> Any:
+    @functools.wraps(plain)
+    def of_any_batch(model: nn.Module, *inputs: Any, **more: Any) -> Any:
         for value in (*inputs, *more.values()):
             if isinstance(value, Tensor):
                 torch._dynamo.maybe_mark_dynamic(value, 0)
-        return forward(*inputs, **more)
+        return forward(model, *inputs, **more)
 
-    model.forward = of_any_batch
+    model.forward = MethodType(of_any_batch, model)  # of a copy, the copy's
 
 
 @contextmanager
@@ -52,7 +59,8 @@ def compilation_explained(flag: str) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         reason = " ".join(str(error).partition("\n\n")[0].split())  # the rest is advice for developers of torch
+        lacking = re.search(r"\bC(\+\+)? compiler|triton installation", reason, re.IGNORECASE)
+        remedy = "install a C++ compiler (with a GPU also Triton), or " if lacking else ""
         raise UserError(
-            f"{flag}: the model cannot be compiled here ({reason}): install a C++ compiler (with a GPU also Triton), "
-            "or leave it out"
+            f"{flag}: torch {torch.__version__} cannot compile the model here ({reason}): {remedy}leave it out"
         ) from error

@@ -23,7 +23,7 @@ from common import dist
 from common.amp import Precision
 from common.building import built_for
 from common.data.images import Images
-from common.data.loader import evaluation_batches
+from common.data.loader import evaluation_batches, workers_explained
 from common.engine import Loading, logits_of, ranking
 from common.errors import UserError, brief
 from common.files import write_csv, write_text
@@ -306,7 +306,9 @@ def main() -> None:
         device = dist.choose_device(options.device, dist.Launch())
         loading = Loading(options.workers, options.eval_batch_size)
         predictor = load_run(Path(request.run), device, options.precision, loading)
-        write_predictions(paths, predictor(paths, request.top), predictor.classes, request.out)
+        with workers_explained("--workers"):
+            ranked = predictor(paths, request.top)
+        write_predictions(paths, ranked, predictor.classes, request.out)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,19 +1,17 @@
 """One experiment end to end: data, model, training, test, record. The scripts call `run`.
 
-`run` reads the command line and trains (anew or resumed), evaluates a checkpoint, or names what is on pictures.
+`run` reads the command line and trains (anew or resumed); what it asks of a trained model is in common.ask.
 """
 
 import dataclasses
 import errno
 import json
-import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,47 +20,32 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common import dist
-from common.amp import Precision
+from common.ask import check_asked, evaluate, predict, write_export
 from common.data import Data
 from common.data.loader import Plan, seed_everything
 from common.determinism import make_deterministic, settings_kept
-from common.earlier import (
-    check_classes,
-    check_data,
-    check_kept,
-    find_checkpoint,
-    model_info,
-    model_to_ask,
-    resumable,
-    started_before,
-    trained_model,
-)
+from common.earlier import check_data, check_kept, model_info, resumable, started_before
 from common.engine import Objective, Trainer, cross_entropy
-from common.errors import UserError, brief
-from common.experiment import Experiment, Options, checkpoint_gradients, keep_resized, make_model, read_data
-from common.export import check_export, export
-from common.files import write_text
-from common.folders import (
-    Lock,
-    check_same_experiment,
-    mark_launch,
-    new_folder,
+from common.errors import UserError
+from common.experiment import (
+    Experiment,
+    Options,
+    check_numbers,
+    checkpoint_gradients,
+    keep_resized,
+    make_model,
+    read_data,
 )
+from common.export import check_export
+from common.files import write_text
+from common.folders import Lock, check_same_experiment, mark_launch
 from common.log import say
 from common.lost import ProcessLost
-from common.metrics import write_tables
-from common.placement import compilation_explained, compile_model, place
-from common.predict import (
-    Predictor,
-    check_out,
-    find_images,
-    write_predictions,
-)
+from common.predict import check_out
 from common.provenance import device_name
 from common.recipe import parse
-from common.records import write_record
-from common.session import Session, loading_of
-from common.train import Training, plan_batches, tell_results
+from common.session import Session, explain_machine, make_folder, on_device
+from common.train import Training, plan_batches
 
 REPEAT_AFTER = 3.0  # seconds until another process than the first says what is wrong
 
@@ -141,23 +124,6 @@ def _long_names_explained() -> Iterator[None]:
         raise UserError(f"{error.filename} is too long a name for the file system: choose a shorter one") from error
 
 
-@contextmanager
-def _explain_machine(experiment: Experiment, recipe: Any, options: Options) -> Iterator[None]:
-    """A GPU that is too small for the batch; a machine that cannot compile the model."""
-    try:
-        with compilation_explained(experiment.flag("compile")) if options.compile else nullcontext():
-            yield
-    except torch.OutOfMemoryError as error:
-        share = experiment.global_batch_size(recipe) // dist.size()
-        half = "use --precision bf16, or " if options.precision == "fp32" else "or use "
-        raise UserError(
-            f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
-            f"with {experiment.save_memory(recipe, options)} (in evaluation {experiment.flag('eval_batch_size')}), "
-            f"{half}{experiment.flag('grad_checkpointing')}; "
-            f"{experiment.flag('batch_size')} alone changes the experiment"
-        ) from error
-
-
 def _leave(status: int) -> None:
     """Ends this process. Among several, at once: the others wait in a collective, and the launcher ends them."""
     if dist.active():
@@ -174,6 +140,7 @@ def _dispatch(
     modes = [name for name in ("resume", "eval", "predict", "export") if getattr(options, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other")
+    check_asked(experiment, options)
     check_out(options.out)
     check_export(options.export, chosen)
     launch = dist.detect()
@@ -182,29 +149,15 @@ def _dispatch(
     if options.demo:
         torch.set_num_threads(1)  # the demo's models are too small for more: threads would wait for each other
         recipe = experiment.demo_recipe(recipe, options, overrides)
-    _check_numbers(experiment, recipe, options)
+    check_numbers(experiment, recipe, options)
     if options.predict:
-        _predict(experiment, recipe, options, overrides, chosen, device)
+        predict(experiment, recipe, options, overrides, chosen, device)
     elif options.export:
-        _export(experiment, recipe, options, overrides)
+        write_export(experiment, recipe, options, overrides)
     elif options.eval:
-        _evaluate(experiment, recipe, options, overrides, chosen, device)
+        evaluate(experiment, recipe, options, overrides, chosen, device)
     else:
         _train(experiment, recipe, options, overrides, chosen, device)
-
-
-def _check_numbers(experiment: Experiment, recipe: Any, options: Options) -> None:
-    """UserError for a number of recipe or options that nothing can be done with."""
-    may_be_zero = experiment.may_be_zero | {"workers", "skip_bad_images"}
-    for fields in (recipe, options):
-        for name, value in vars(fields).items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if isinstance(value, int) and value >= 1 << 63:
-                raise UserError(f"{experiment.flag(name)} {brief(value)}: expected less than 2^63")
-            if not (value >= 0 if name in may_be_zero else value > 0) or value == math.inf:
-                least = "0 or more" if name in may_be_zero else "more than 0"
-                raise UserError(f"{experiment.flag(name)} {brief(value)}: expected {least}")
 
 
 def _train(
@@ -215,6 +168,7 @@ def _train(
     chosen: dict[str, Any],
     device: torch.device,
 ) -> None:
+    given = chosen.keys() | overrides.keys()
     launches = {name for name in dist.gather(dist.launch_name()) if name}
     started = started_before(experiment, recipe, options, launches)
     if started is not None:
@@ -235,7 +189,7 @@ def _train(
         moved = {name: getattr(recipe, name) for name in experiment.places if name in overrides}
         recipe = dataclasses.replace(recipe, **(info["recipe"] | moved))
         overrides, seed = info["overrides"] | moved, info["seed"]
-    options = experiment.options(recipe, options, device, chosen)
+    options = experiment.options(recipe, options, device, given)
     if folder is not None:
         options = dataclasses.replace(options, **info["options"])
     if options.deterministic:
@@ -258,26 +212,18 @@ def _train(
         model = convert_sync_batchnorm(model)
     resume = folder is not None
     if folder is None:
-        folder = _new_folder(experiment, recipe, options)
+        folder = make_folder(experiment, recipe, options)
     else:
         weights = info["weights"]
     session = Session(experiment, folder, recipe, options, overrides, seed, data, weights, device, precision)
     if dist.is_main() and not resume:
         write_text(folder / "model.json", json.dumps(model_info(session, model), indent=1))
-    with Lock(folder) if dist.is_main() else nullcontext(), _explain_machine(experiment, recipe, options):
+    with Lock(folder) if dist.is_main() else nullcontext(), explain_machine(experiment, recipe, options):
         if dist.is_main():
             mark_launch(folder, launches)
-        trainer = _trainer(session, _ready(model, device, options), plan)
+        trainer = _trainer(session, on_device(model, device, options), plan)
         _say_plan(session, trainer)
         Training(session, trainer, resume, experiment.evaluate_every(recipe, plan)).run()
-
-
-def _ready(model: nn.Module, device: torch.device, options: Options) -> nn.Module:
-    """The model on the device, compiled where that was asked for."""
-    model = place(model, device)
-    if options.compile:
-        compile_model(model)
-    return model
 
 
 def _trainer(session: Session, model: nn.Module, plan: Plan) -> Trainer:
@@ -317,86 +263,3 @@ def _say_plan(session: Session, trainer: Trainer) -> None:
     )
     say(f"starting weights: {session.weights['source']}")
     say(f"run folder: {session.folder}")
-
-
-def _new_folder(experiment: Experiment, recipe: Any, options: Options) -> Path:
-    """The folder of this run, which rank 0 makes."""
-    made = str(new_folder(options.output, experiment.folder(recipe))) if dist.is_main() else ""
-    return Path(dist.broadcast(made))
-
-
-def _evaluate(
-    experiment: Experiment,
-    recipe: Any,
-    options: Options,
-    overrides: dict[str, Any],
-    chosen: dict[str, Any],
-    device: torch.device,
-) -> None:
-    checkpoint = find_checkpoint(experiment, recipe, options, overrides)
-    path, recipe, info, _ = checkpoint
-    options, precision = _for_evaluation(experiment, recipe, options, device, chosen)
-    data = keep_resized(experiment, read_data(experiment, recipe, options), options)
-    check_classes(path, info["classes"] if info else experiment.classes_of(path), data)
-    model = trained_model(experiment, checkpoint, len(data.classes))
-    folder = _new_folder(experiment, recipe, options)
-    weights = checkpoint.weights()
-    session = Session(experiment, folder, recipe, options, overrides, recipe.seed, data, weights, device, precision)
-    say(
-        f"{path}: {data.test.name} {data.test.split}, {len(data.test):,} images, {options.precision}, "
-        f"{device_name(device)}"
-    )
-    with _explain_machine(experiment, recipe, options):
-        tested, predictions = session.measure(_ready(model, device, options), data.test)
-        validated = tested if data.selection == "test-selected" else session.measure(model, data.val)[0]
-    session.loading.close()
-    results = {"checkpoint": {"val": validated, "test": tested}}
-    excluded = [] if info is None else ["evaluation of a run that has a record of its own"]
-    more = experiment.evaluated(session, model, predictions)
-    record = session.record(model, "evaluated", excluded, results, **more)
-    if dist.is_main():
-        write_tables(folder, "checkpoint", predictions, data.classes)
-        write_record(folder / "record.json", record)
-        tell_results(session, record)
-
-
-def _for_evaluation(
-    experiment: Experiment, recipe: Any, options: Options, device: torch.device, chosen: dict[str, Any]
-) -> tuple[Options, Precision]:
-    """The options with what the recipe of a checkpoint says of them, and the precision in which its model answers."""
-    _check_numbers(experiment, recipe, options)
-    options = experiment.options(recipe, options, device, chosen)
-    if options.amp_backend == "apex":  # it rewrites a model together with its optimizer
-        raise UserError(f"{experiment.flag('amp_backend')} apex is for training: leave it out here")
-    if options.deterministic:
-        make_deterministic()
-    return options, experiment.precision(recipe, options, device)
-
-
-def _predict(
-    experiment: Experiment,
-    recipe: Any,
-    options: Options,
-    overrides: dict[str, Any],
-    chosen: dict[str, Any],
-    device: torch.device,
-) -> None:
-    paths = find_images(options.predict or [])
-    checkpoint = find_checkpoint(experiment, recipe, options, overrides)
-    options, precision = _for_evaluation(experiment, checkpoint.recipe, options, device, chosen)
-    model, classes, transform = model_to_ask(experiment, checkpoint, options)
-    say(f"model: {checkpoint.path}")
-    if dist.is_main():
-        loading = loading_of(experiment, checkpoint.recipe, options)
-        with _explain_machine(experiment, checkpoint.recipe, options):
-            ready = _ready(model, device, options)
-            ranked = Predictor(ready, transform, classes, device, precision, loading)(paths, options.top)
-        write_predictions(paths, ranked, classes, options.out)
-
-
-def _export(experiment: Experiment, recipe: Any, options: Options, overrides: dict[str, Any]) -> None:
-    checkpoint = find_checkpoint(experiment, recipe, options, overrides)
-    model, classes, transform = model_to_ask(experiment, checkpoint, options)
-    say(f"model: {checkpoint.path}")
-    if dist.is_main():
-        export(model, transform, classes, checkpoint.weights(), Path(str(options.export)))

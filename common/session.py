@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,12 +19,15 @@ from common import dist
 from common.amp import Precision
 from common.data import Data
 from common.data.images import Images
-from common.data.loader import Batch
+from common.data.loader import Batch, workers_explained
 from common.determinism import arithmetic
 from common.engine import Loading, evaluate
+from common.errors import UserError
 from common.experiment import Experiment, Options
+from common.folders import new_folder
 from common.log import watched
 from common.metrics import Predictions, summarize
+from common.placement import compilation_explained, compile_model, place
 from common.provenance import (
     data_differences,
     depends_on_micro_batches,
@@ -39,6 +43,38 @@ def loading_of(experiment: Experiment, recipe: Any, options: Options) -> Loading
     batch = options.eval_batch_size or max(1, experiment.global_batch_size(recipe) // dist.size())
     workers = min(4, os.cpu_count() or 1) if options.workers is None else options.workers
     return Loading(workers, batch, options.skip_bad_images, options.pin_memory)
+
+
+def on_device(model: nn.Module, device: torch.device, options: Options) -> nn.Module:
+    """The model on the device, compiled where that was asked for."""
+    model = place(model, device)
+    if options.compile:
+        compile_model(model)
+    return model
+
+
+def make_folder(experiment: Experiment, recipe: Any, options: Options) -> Path:
+    """The folder of this run, which rank 0 makes."""
+    made = str(new_folder(options.output, experiment.folder(recipe))) if dist.is_main() else ""
+    return Path(dist.broadcast(made))
+
+
+@contextmanager
+def explain_machine(experiment: Experiment, recipe: Any, options: Options) -> Iterator[None]:
+    """A GPU that is too small for the batch; a machine that cannot compile the model, or kills data workers."""
+    compiled = compilation_explained(experiment.flag("compile")) if options.compile else nullcontext()
+    try:
+        with compiled, workers_explained(experiment.flag("workers")):
+            yield
+    except torch.OutOfMemoryError as error:
+        share = experiment.global_batch_size(recipe) // dist.size()
+        half = "use --precision bf16, or " if options.precision == "fp32" else "or use "
+        raise UserError(
+            f"out of GPU memory with {share // options.accumulate} images at a time in {options.precision}: take fewer "
+            f"with {experiment.save_memory(recipe, options)} (in evaluation {experiment.flag('eval_batch_size')}), "
+            f"{half}{experiment.flag('grad_checkpointing')}; "
+            f"{experiment.flag('batch_size')} alone changes the experiment"
+        ) from error
 
 
 @dataclass

@@ -223,9 +223,10 @@ class FFVTExperiment(Experiment):
     def options(self, recipe: Recipe, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
         accumulate, precision = recipe.gradient_accumulation_steps, options.precision
         if recipe.fp16 and recipe.fp16_opt_level != "O0":
-            if "precision" in chosen and precision != "fp16":
+            if "precision" not in chosen:
+                precision = "fp16" if device.type != "cpu" else "fp32"
+            elif "fp16" in chosen and precision != "fp16":  # else it is the run's, of which another may be asked
                 raise UserError(f"--fp16 and --precision {precision} exclude each other")
-            precision = "fp16" if device.type != "cpu" or "precision" in chosen else "fp32"
         return replace(options, accumulate=accumulate, eval_batch_size=recipe.eval_batch_size, precision=precision)
 
     def precision(self, recipe: Recipe, options: Options, device: torch.device) -> Precision:

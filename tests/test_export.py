@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,62 @@ def test_what_onnx_lacks_is_one_sentence(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("file", ["a.onnx", "a.pt2"])
-def test_a_full_disk_is_one_sentence(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Session:
+    """One of onnxruntime that knows an operator less."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def run(self, *_: Any) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED\nand more")
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise ValueError("no such operator\nand more")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "file"),
+    [
+        (onnxruntime, "InferenceSession", fail, "a.onnx"),
+        (onnxruntime, "InferenceSession", Session, "a.onnx"),
+        (torch.export, "save", fail, "a.pt2"),
+        (torch.export, "load", fail, "a.pt2"),
+    ],
+)
+def test_a_file_that_cannot_be_made_or_tried_is_one_sentence(
+    module: Any, name: str, broken: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, broken)
+    form = {"a.onnx": "ONNX", "a.pt2": r"torch\.export"}[file]
+    with pytest.raises(
+        UserError, match=rf"form of {form} \((\[ONNXRuntimeError\] .*NOT_IMP\w+|no such operator)\): try"
+    ):
+        export(Linear(), TRANSFORM, CLASSES, {}, tmp_path / file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_versions_are_of_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where onnxruntime-gpu is installed there is no package onnxruntime to ask."""
+    known = metadata.version
+
+    def version(package: str) -> str:
+        if package == "onnxruntime":
+            raise metadata.PackageNotFoundError(package)
+        return known(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert exporting._versions(Path("a.onnx"))["onnxruntime"] == onnxruntime.__version__
+
+
+@pytest.mark.parametrize(("file", "place"), [("a.onnx", "replace"), ("a.pt2", "replace"), ("a.pt2", "write_bytes")])
+def test_a_full_disk_is_one_sentence(file: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / file).write_text("of before")
 
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os if place == "replace" else Path, place, fail)
     with pytest.raises(UserError, match=rf"{file} could not be written \(No space left on device\)"):
         export(Linear(), TRANSFORM, CLASSES, {}, tmp_path / file)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["of before"]

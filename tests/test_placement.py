@@ -1,13 +1,16 @@
 """common.placement: memory formats, and that torch.compile takes every model whole, for any batch size."""
 
 import copy
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from scripts import run_script
+from scripts import ROOT, run_script
+from test_dist import processes, torchrun_environments
 from tiny_models import CLASSES, MODELS, SIZE, objective_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -118,8 +121,8 @@ def test_every_model_is_one_graph_for_any_batch(name: str, monkeypatch: pytest.M
     assert counter.frame_count == 2 + 3 * (name == "GFT described")
 
 
-def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, weights, hooks and results; its copy is compiled no more than that of any module."""
+def test_a_compiled_model_is_the_same_model() -> None:
+    """Names, weights, hooks and results."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = MODELS["ResNet-18"]()
@@ -136,6 +139,31 @@ def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(one.grad, other.grad, msg=name)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before.state_dict()[name])
+
+
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(tmp_path: Path) -> None:
+    """A deep copy is compiled as the model is; what was saved as a whole is not."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    calls: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *given: (calls.append(1), graph.forward(*given))[1]
+
+    model, images = MODELS["ViT"]().eval(), torch.randn(2, 3, SIZE, SIZE)
+    compile_model(model, backend=backend)
+    with torch.no_grad():
+        expected = model(images)
+        copied = copy.deepcopy(model)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(images).any()
+        torch.testing.assert_close(model(images), expected)
+        assert len(calls) == 3
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        torch.testing.assert_close(loaded(images), expected)
+        assert len(calls) == 3
 
 
 def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,13 +189,60 @@ def test_a_run_that_is_compiled(demo_output: Path, monkeypatch: pytest.MonkeyPat
     assert "was started without --compile: resume it without --compile" in again.err
 
 
-def test_a_machine_without_a_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        (
+            RuntimeError("InvalidCxxCompiler: No working C++ compiler found"),
+            r"install a C\+\+ .*, or leave it out",
+        ),
+        (NotImplementedError("DDPOptimizer backend: Found a higher order op in the graph"), "leave it out"),
+    ],
+)
+def test_what_cannot_be_compiled_is_told_in_a_sentence(fault: Exception, remedy: str) -> None:
+    """With torch's own reason; a compiler is asked for where one is lacking."""
+
     def backend(*_: Any) -> Any:
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+        raise fault
 
     torch._dynamo.reset()
     model = MODELS["ViT"]()
     compile_model(model, backend=backend)
-    sentence = r"--compile: .*No working C\+\+ compiler found.*: install a C\+\+ compiler"
+    sentence = rf"^--compile: torch \S+ cannot compile the model here \(.*{re.escape(str(fault))}.*\): {remedy}$"
     with pytest.raises(UserError, match=sentence), compilation_explained("--compile"):
         use(model, 2, train=False)
+
+
+def test_compiled_models_on_two_processes_have_the_gradients_of_plain_ones(tmp_path: Path) -> None:
+    """Each process has images of its own, the gradients are the mean of both; --grad-checkpointing goes with it."""
+    program = """
+        import copy
+        from tiny_models import CLASSES, MODELS, SIZE, objective_of
+        from common.engine import wrap
+        from common.placement import compile_model
+        launch = dist.detect()
+        device = dist.choose_device("cpu", launch)
+        dist.start(launch, device, timeout_s=60)
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            plain = MODELS["FFVT"]()
+            plain.set_grad_checkpointing(checkpointing)
+            compiled = copy.deepcopy(plain)
+            calls = []
+            compile_model(compiled, backend=lambda graph, _: lambda *given: (calls.append(1), graph(*given))[1])
+            torch.manual_seed(dist.rank())
+            images, labels = torch.randn(2, 3, SIZE, SIZE), torch.randint(CLASSES, (2,))
+            for model in (plain, compiled):
+                torch.manual_seed(2 + dist.rank())  # dropout
+                wrapped = wrap(model, device)
+                objective_of(model)(wrapped, images, labels)[0].backward()
+            assert calls
+            for (name, one), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad, msg=name)
+                assert torch.equal(one.grad, dist.broadcast(one.grad)), name
+        dist.stop()
+        print("done")
+    """
+    path = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    for status, out, err in processes(program, [each | path for each in torchrun_environments(2)], tmp_path):
+        assert (status, out) == (0, "done\n"), err

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -336,6 +338,24 @@ def test_what_the_command_line_lacks_is_said(
         assert part in refusal(monkeypatch, "--run", run_folder, *images, "--out", tmp_path / out)
     check_out(None)
     check_out("a.csv")
+
+
+class Dying:
+    """Ends the process that reads, as the system does when there is no shared memory left."""
+
+    def __call__(self, image: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_a_worker_that_was_killed_is_a_sentence(
+    run_folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "restore_transform", lambda _: T.Compose([Dying()]))
+    monkeypatch.setattr(predict, "_check_parts", lambda *_: None)
+    words = ("--run", run_folder, "--images", *pictures, "--workers", "1", "--eval-batch-size", "1")
+    said = refusal(monkeypatch, *words)
+    assert "a process that reads images was lost (DataLoader worker (pid" in said
+    assert said.endswith("or read without such processes, --workers 0")
 
 
 def test_nothing_to_write_is_an_empty_table(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import atexit
 import multiprocessing
 import multiprocessing.util  # its own exit function must be registered first, to run after ours
 import random
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from common.data.images import BadImage, Images
+from common.errors import UserError
 
 Order = Callable[[int], Sequence[int]]  # epoch -> sample indices in that epoch's order
 
@@ -199,6 +202,22 @@ def _loader(dataset: Dataset[Any], batches: Any, workers: int, pin_memory: bool,
         worker_init_fn=_start_worker,
         persistent_workers=stay and workers > 0,
     )
+
+
+@contextmanager
+def workers_explained(flag: str) -> Iterator[None]:
+    """UserError, naming the flag, where the system killed a worker: mostly for shared memory, of which a container has
+    64 MB, and a batch waits there."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.search(r"DataLoader worker \(pid.*|unable to \w+ shared memory.*", str(error))
+        if reason is None:
+            raise
+        raise UserError(
+            f"a process that reads images was lost ({reason[0]}): give the machine more shared memory (docker run "
+            f"--shm-size 8g), or read without such processes, {flag} 0"
+        ) from error
 
 
 @atexit.register

@@ -35,7 +35,7 @@ from torch import Tensor
 from common import dist
 from common.amp import Precision
 from common.data.images import Images
-from common.data.loader import Batch, evaluation_batches
+from common.data.loader import Batch, evaluation_batches, workers_explained
 from common.data.tree import is_inside
 from common.engine import logits_of
 from common.errors import UserError
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             images = {Path(image.name): image for image in read(trained.settings).test.paths[:DEMO_IMAGES]}
         else:
             images = find(request.images_path, trained.settings)
-        unreadable = infer(trained, images, request)
+        with workers_explained("--cpu_workers"):
+            unreadable = infer(trained, images, request)
     except UserError as error:
         raise SystemExit(f"inference.py: error: {error}") from None
     if unreadable:

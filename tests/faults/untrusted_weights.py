@@ -28,13 +28,12 @@ from torch import Tensor, nn
 
 from common.earlier import KEPT, check_kept, find_checkpoint, trained_model
 from common.errors import UserError
-from common.experiment import Experiment, Options, make_model
+from common.experiment import Experiment, Options, check_numbers, make_model
 from common.npz import load_npz
 from common.predict import describe_model, describe_transform, load_run
 from common.recipe import parse
 from common.records import read_record, write_record
 from common.results import row_line
-from common.run import _check_numbers
 from common.train import DRAWS, Training
 from common.weights import load_checkpoint, load_weights, read_state_dict
 from faults.cases import COMMON, FFVT, GFT, GLSIM, Case
@@ -330,7 +329,7 @@ def _read_info(entry: str, path: Path) -> None:
     found = find_checkpoint(experiment, recipe, options, {})
     info = found.info
     assert info is not None
-    _check_numbers(experiment, found.recipe, options)
+    check_numbers(experiment, found.recipe, options)
     check_same_experiment(folder, info, asdict(recipe), {}, False, experiment.places)
     check_kept({}, info, folder)
     load_run(folder, torch.device("cpu"))
@@ -498,7 +497,7 @@ def _parse_line(entry: str, path: Path) -> None:
         if leaving.code != 2 or not line.endswith("\n") or ": error: " not in line:
             raise AssertionError(f"status {leaving.code}, {line!r}") from None
         raise UserError(line[:-1]) from None
-    _check_numbers(experiment, recipe, experiment.mode(recipe, options))
+    check_numbers(experiment, recipe, experiment.mode(recipe, options))
 
 
 def parse_gft(path: Path) -> None:

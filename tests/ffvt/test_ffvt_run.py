@@ -550,7 +550,31 @@ def test_starting_weights_that_are_not_there_or_not_whole(demo_output: Path, hom
 @pytest.mark.parametrize("other", ["bf16", "fp32"])
 def test_fp16_and_another_precision_exclude_each_other(other: Any) -> None:
     with pytest.raises(UserError, match=f"--fp16 and --precision {other} exclude"):
-        EXPERIMENT.options(Recipe("t", fp16=True), Options(precision=other), GPU, {"precision": other})
+        EXPERIMENT.options(Recipe("t", fp16=True), Options(precision=other), GPU, {"name", "fp16", "precision"})
+
+
+def test_of_a_run_of_fp16_another_precision_may_be_asked(
+    whole: tuple[Outcome, Path], demo_output: Path, home: Path
+) -> None:
+    """What this command line says wins over what the run's says; both of one line still exclude each other."""
+    shutil.copytree(whole[0].folder, home / "half")
+    info = json.loads((home / "half" / "model.json").read_text(encoding="utf-8"))
+    for part in ("recipe", "overrides"):
+        info[part]["fp16"] = True
+    (home / "half" / "model.json").write_text(json.dumps(info))
+    image = min((demo_output / "demo-data" / "CUB" / "images").glob("*three/*"))
+    last = []
+    for precision in ("fp32", "bf16"):
+        words = ("--predict", image, "--checkpoint", "half", "--precision", precision)
+        outcome = train(demo_output, *words, "--out", f"{precision}.json")
+        assert outcome.status == 0, outcome.err
+        last.append(json.loads((home / f"{precision}.json").read_text())[0]["probability"])
+        assert "--fp16 and --precision" in one_line(train(demo_output, *words, "--fp16"))
+    assert last[0] != last[1]
+    words = ("--demo", "--limit", "71", "--eval", "half", "--precision", "bf16")
+    assert train(demo_output, *words).record["precision"] == "bf16"
+    recipe = Recipe("t", fp16=True)
+    assert EXPERIMENT.options(recipe, Options(precision="fp32"), GPU, {"precision"}).precision == "fp32"
 
 
 @pytest.mark.parametrize("scale", ["0", "1024"])

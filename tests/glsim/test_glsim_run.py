@@ -116,6 +116,14 @@ def test_published_flags_that_turn_off(flag: str, spelling: str, monkeypatch: py
     assert [getattr(recipe, flag) for recipe in seen] == [False, True]
 
 
+def test_mixed_precision_is_for_a_gpu_and_a_precision_that_is_asked_for_wins() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    asked = Options(precision="fp32")
+    assert EXPERIMENT.options(Recipe(), Options(), gpu, ()).precision == "fp16"
+    assert EXPERIMENT.options(Recipe(), Options(), cpu, ()).precision == "fp32"
+    assert EXPERIMENT.options(Recipe(), asked, gpu, {"precision"}).precision == "fp32"
+
+
 def test_the_command_line_wins_over_the_method_which_wins_over_the_experiment(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

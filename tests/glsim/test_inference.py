@@ -213,6 +213,17 @@ def test_what_a_thread_cannot_write_is_one_sentence(checkpoint: Path) -> None:
         run("--ckpt_path", checkpoint, "--images_path", "samples", "--batch_size", 2, "--results_dir", "results")
 
 
+def test_workers_without_shared_memory_are_a_sentence(
+    checkpoint: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(inference, "evaluation_batches", fail)
+    with pytest.raises(SystemExit, match=r"was lost \(unable to allocate shared.*processes, --cpu_workers 0$"):
+        run("--ckpt_path", checkpoint, "--images_path", photo)
+
+
 def test_half_precision(checkpoint: Path, photo: Path) -> None:
     said = []
     for precision in ("fp32", "bf16"):
