@@ -126,13 +126,13 @@ RIVALS = (
 
 # What is measured unless sizes are given: pixels, images a step, timed turns of models and of direct formulations.
 PLAN = (
-    (224, 8, (2, 1), ("GFT described", "GFT released")),
-    (224, 8, (2, 1), ("GLSim",)),
-    (224, 2, (2, 1), ("TransFG (GFT repository)", "GLSimTimm")),
-    (224, 4, (3, 2), ("FFVT",)),
-    (448, 4, (2, 2), ("FFVT",)),
-    (448, 2, (2, 0), ("GLSim",)),
-    (448, 1, (2, 2), ("TransFG, overlapping",)),
+    (224, 8, (3, 1), ("GFT described", "GFT released")),
+    (224, 4, (4, 1), ("GLSim",)),
+    (224, 2, (1, 1), ("TransFG (GFT repository)", "GLSimTimm")),
+    (224, 4, (4, 1), ("FFVT",)),
+    (448, 4, (2, 1), ("FFVT",)),
+    (448, 1, (4, 0), ("GLSim",)),
+    (448, 1, (3, 1), ("TransFG, overlapping",)),
 )
 
 

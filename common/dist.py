@@ -138,7 +138,8 @@ def start(launch: Launch, device: torch.device, timeout_s: float = 1800) -> None
         distributed.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
         _patient = distributed.new_group(backend="gloo", timeout=DOWNLOAD_TIME)
     except (RuntimeError, ValueError) as error:
-        if not isinstance(error, distributed.DistError | ValueError) and not is_loss(error):
+        taken = "server socket has failed to listen" in str(error)  # no DistError in torch 2.6
+        if not taken and not isinstance(error, distributed.DistError | ValueError) and not is_loss(error):
             raise
         place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise UserError(

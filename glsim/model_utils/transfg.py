@@ -27,7 +27,7 @@ from common.models.released import Entry, ReleasedNames, module
 from common.models.vit import embed, run_block, select_tokens
 
 MARGIN = 0.4  # of the contrastive loss
-ROWS = 128  # of an attention matrix, formed at a time
+ROWS = 64  # of an attention matrix, formed at a time
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,28 @@ def joint_attention(blocks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """
     (q, k), *earlier = blocks
     row = _attention(q[:, :, :1], k)  # (B, H, 1, N)
-    for q, k in ((q.contiguous(), k.contiguous()) for q, k in earlier):  # else each piece would copy all keys
-        parts = zip(row.split(ROWS, dim=-1), q.split(ROWS, dim=-2), strict=True)
-        row = torch.stack([_product(some, _attention(rows, k)) for some, rows in parts]).sum(0)
+    for q, k in earlier:
+        if torch.compiler.is_compiling():  # which has no use for a place of its own
+            parts = zip(row.split(ROWS, dim=-1), q.split(ROWS, dim=-2), strict=True)
+            row = torch.stack([_product(some, _attention(rows, k)) for some, rows in parts]).sum(0)
+        else:
+            row = _outwards(row, q, k)
     return row.squeeze(-2)
+
+
+def _outwards(row: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Return the product of the row (B, H, 1, N) and the attention of q to k (B, H, N, d): (B, H, 1, N).
+
+    All pieces of the attention come to lie in one place: new memory for each would take as long as what it is for.
+    """
+    q = (q.to(row.dtype) * q.shape[-1] ** -0.5).flatten(0, 1).contiguous()
+    k = k.to(row.dtype).flatten(0, 1).contiguous()
+    found, place = torch.zeros_like(row).flatten(0, 1), q.new_empty(len(q), ROWS, k.shape[1])
+    for some, rows in zip(row.flatten(0, 1).split(ROWS, dim=-1), q.split(ROWS, dim=-2), strict=True):
+        piece = place[:, : rows.shape[1]]  # (B H, R, N)
+        torch.bmm(rows, k.mT, out=piece)  # autocast leaves products into a place alone
+        found.baddbmm_(some, torch.softmax(piece, dim=-1, out=piece))
+    return found.view_as(row)
 
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:
