@@ -83,7 +83,7 @@ def _outwards(row: Tensor, q: Tensor, k: Tensor) -> Tensor:
     for some, rows in zip(row.flatten(0, 1).split(ROWS, dim=-1), q.split(ROWS, dim=-2), strict=True):
         piece = place[:, : rows.shape[1]]  # (B H, R, N)
         torch.bmm(rows, k.mT, out=piece)  # autocast leaves products into a place alone
-        found.baddbmm_(some, torch.softmax(piece, dim=-1, out=piece))
+        found += _product(some, torch.softmax(piece, dim=-1, out=piece))
     return found.view_as(row)
 
 
