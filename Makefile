@@ -54,9 +54,9 @@ audit: .venv/.tested
 bench: .venv/.installed
 	mkdir -p .bench
 	$(BIN)/python -m benchmarks.models --json .bench/models.json
-	$(BIN)/python -m benchmarks.psm --rounds 1 --json .bench/psm.json
+	$(BIN)/python -m benchmarks.psm --max-tokens 785 --json .bench/psm.json
 	$(BIN)/python -m benchmarks.engine --rounds 5 --json .bench/engine.json
-	$(BIN)/python -m benchmarks.data --images 1 --rounds 5 --json .bench/data.json
+	$(BIN)/python -m benchmarks.data --json .bench/data.json
 
 # docs/performance.md: what `make bench` measures, and some minutes more of what it leaves out.
 performance: bench

@@ -1,12 +1,12 @@
 """Cost of bringing an image: decoded and transformed by one core, beside torchvision's ImageFolder in the same run.
 
     python -m benchmarks.data                              every published transform, JPEGs of two sizes
-    python -m benchmarks.data --only FFVT --rounds 15      those whose name contains a text
+    python -m benchmarks.data --only FFVT --rounds 31      those whose name contains a text
     python -m benchmarks.data --coco                       the start of COCO at its real size instead
 
 `floor` is ImageFolder with the same transform, `ours` what a data worker does: seeding, checks, decoding, transform.
 `first` and `kept` are that with --cache-resized: an epoch that fills the folder, and a later one. Each image goes
-through all four in turn, from one seed; their tensors have to be equal, and the fastest round counts.
+through all four in turn, from one seed; their tensors have to be equal. Rounds draw differently: their median counts.
 Seconds are those of the processor, which other programs on the machine change little. The files are in the system's
 page cache: what a disk or a network adds comes on top. FFVT's CIFAR has no files.
 
@@ -52,8 +52,8 @@ WAYS = ("floor", "ours", "first", "kept")
 
 @dataclass
 class Recipe:
-    images: int = 3  # files of each size
-    rounds: int = 7  # each image goes through all ways so many times
+    images: int = 2  # files of each size
+    rounds: int = 15  # each image goes through all ways so many times
     only: str = ""  # transforms whose name contains this text
     coco: bool = False  # measure the start of COCO instead
 
@@ -89,7 +89,7 @@ def published_transforms(folder: Path) -> dict[str, Transform]:
 
 
 def measure(root: Path, transform: Transform, rounds: int, scratch: Path) -> dict[str, float]:
-    """Processor seconds an image in each of WAYS: the mean over the images in `root` of the fastest round's."""
+    """Processor seconds an image in each of WAYS: the mean over the images in `root` of the median over the rounds."""
     floor = ImageFolder(str(root), transform)
     paths = [path for path, _ in floor.samples]
     names = [Path(path).name for path in paths]
@@ -110,7 +110,7 @@ def measure(root: Path, transform: Transform, rounds: int, scratch: Path) -> dic
             if not all(torch.equal(found[way], found["floor"]) for way in WAYS):
                 raise SystemExit(f"{paths[index]}: the ways lead to different pixels under {transform}")
         shutil.rmtree(place)
-    return {way: statistics.mean(min(seconds[way, index]) for index in range(len(paths))) for way in WAYS}
+    return {way: statistics.mean(statistics.median(seconds[way, index]) for index in range(len(paths))) for way in WAYS}
 
 
 def _bring(images: Any, index: int, seed: int | None) -> tuple[Any, float]:
