@@ -266,7 +266,7 @@ def _beside_direct(reports: Sequence[Report], targets: Sequence[Gain]) -> str:
         memory = judged(_ratios(found, "ours", "direct", "train", "bytes"), target.memory)
         most = max(_ratios(found, "direct", "floor", "train", "seconds"), default=target.train)
         if most < target.train and "missed" in step:
-            step += f"; a plain ViT, without the method, would be {significant(most):g} times faster"
+            step += f"; a plain ViT's own step is {significant(most):g} times faster"
         rows.append(f"{_setting(target)} | {step} | {evaluation} | {memory}")
     head = "beside its direct formulation | training step, times faster | evaluation, times faster"
     return table(f"{head} | peak memory of the step", rows)

@@ -244,7 +244,7 @@ def test_targets_are_judged_by_the_figures() -> None:
     memory = "met: 0.6667 (<= 0.6667)"
     assert found["FFVT, 448 px"] == ["met: 1.443 (>= 1.25)", "**missed**: 1.2 (>= 1.25)", memory]
     assert found["TransFG, overlapping, 448 px"] == [
-        "**missed**: 2 (>= 2.5); a plain ViT, without the method, would be 2 times faster",
+        "**missed**: 2 (>= 2.5); a plain ViT's own step is 2 times faster",
         "**missed**: 2 (>= 2.5)",
         "not measured (no target)",
     ]
