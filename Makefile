@@ -7,11 +7,13 @@ PYTHON ?= python3
 LOCK ?= yes
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NUMERIC := tests/parity tests/models tests/ffvt tests/glsim tests/test_engine.py tests/contract/test_processes.py \
+	tests/contract/test_answers.py
 LOCKED := --require-hashes --no-deps -r
 COMPILE := $(BIN)/uv pip compile --quiet --no-config --default-index https://pypi.org/simple --universal \
 	--python-version 3.10 --generate-hashes --upgrade --custom-compile-command 'make lock'
 
-.PHONY: demo demos test faults coverage lint lock audit bench performance clean
+.PHONY: demo demos test faults processors against coverage lint lock audit bench performance clean
 
 demo: .venv/.installed
 	$(BIN)/python gft_food101.py --demo
@@ -24,11 +26,20 @@ demos: .venv/.installed
 test: .venv/.tested
 	$(BIN)/python -m pytest -n 2
 
-# All fault cases, of which `make test` runs some: docs/reliability.md is written anew when all kept their promise. Until
-# then those that did stand in .faults.jsonl: called again, it goes on with the others. `rm .faults.jsonl` begins anew.
+# Every moment of tests/contract, of which `make test` runs some; docs/reliability.md is written where all held.
 faults: .venv/.tested
-	PYTHONPATH=.:tests $(BIN)/python -m faults --keep .faults.jsonl --write docs/reliability.md
-	rm .faults.jsonl
+	$(BIN)/python -m pytest -n 2 -m "" --timeout 1800 tests/contract --reliability docs/reliability.md
+
+# Bounds on floats hold on every processor: the tests that have some, as older and other machines compute.
+processors: .venv/.tested
+	for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+		OMP_NUM_THREADS=2; do \
+		echo $$setting && env $$setting $(BIN)/python -m pytest -n 2 $(NUMERIC) || exit 1; done
+
+# What the 23 programs compute otherwise here than at another commit, to the bit: some minutes on two cores.
+against: .venv/.tested
+	$(if $(REV),,$(error Which commit? For example: make against REV=HEAD))
+	$(BIN)/python tests/against.py $(REV) $(if $(ONLY),--only $(ONLY))
 
 # The tests again, counting lines and branches, those run by programs that the tests start too; each part must reach 90 %.
 coverage: .venv/.tested
@@ -78,4 +89,4 @@ performance: bench
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .coverage* .faults.jsonl .bench
+	rm -rf .venv build *.egg-info .coverage* .bench

@@ -276,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="with --readme: write nothing, exit 1 if not current")
     parser.add_argument("--row", metavar="ID", action="append", help="only this row, with details; repeatable")
     parser.add_argument("--paper", choices=[paper.key for paper in papers()], help="only this paper")
-    parser.add_argument("--runs", metavar="DIR", help="folder of the run records (default: runs)")
+    parser.add_argument("--runs", metavar="DIR", help="folder of the run records [runs]")
     return parser
 
 

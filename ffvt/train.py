@@ -42,13 +42,15 @@ from ffvt.data import read, transforms
 from ffvt.model import CONFIGS, FFVT
 
 FIRST_LOSS_SCALE = 2.0**20  # of dynamic loss scaling, as published
+DataSet = Literal["cifar10", "cifar100", "soyloc", "cotton", "CUB", "dog", "car", "air", "INat2017"]
+ModelType = Literal["ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50-ViT-B_16"]
 
 
 @dataclass
 class Recipe:
     name: str  # names the run and its files
-    dataset: Literal["cifar10", "cifar100", "soyloc", "cotton", "CUB", "dog", "car", "air", "INat2017"] = "cotton"
-    model_type: Literal["ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50-ViT-B_16"] = "ViT-B_16"
+    dataset: DataSet = "cotton"  # read from the folder of its name in --data_root
+    model_type: ModelType = "ViT-B_16"  # the ViT that FFVT stands on, as Google names them
     pretrained_dir: str = "checkpoint/ViT-B_16.npz"  # starting weights: Google's .npz, a .bin or .safetensors, or none
     output_dir: str = "output"  # {name}_checkpoint.bin goes here, in the layout of the released code
     img_size: int = 448  # pixels, square; the crop that the model sees

@@ -1,6 +1,7 @@
-"""Shared by all tests: one thread a process (several run side by side) and the demo data."""
+"""Shared by all tests: one thread a process (several run side by side) unless said otherwise, and the demo data."""
 
 import os
+import re
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -11,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-LONG = ("test_run.py", "test_ffvt_run.py", "test_faults.py", "test_scripts.py", "test_glsim_run.py", "test_engine.py")
+LONG = ("contract", "test_export.py", "test_placement.py", "test_benchmarks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first: handed out last, one of them would be what all processes but one wait for."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """What takes minutes comes first: handed out last, it would be what all processes but one wait for."""
+    items.sort(key=lambda item: next((place for place, part in enumerate(LONG) if part in item.path.parts), len(LONG)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of one file share its fixtures and so a process; fault cases, of one section.
+    """Tests of one file share its fixtures and so a process; those of the contract, the runs of one program.
 
     xdist's own `--dist loadgroup` groups nothing under pytest 9.2: it writes the group to an attribute that is gone.
     """
@@ -32,7 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Grouped(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
-            return test.split(" | ")[0] if file.endswith("faults/test_faults.py") else file
+            program = re.search(r"\[(?:.*-)?(gft|densenet|ffvt|glsim)(?:-.*)?\]$", test)
+            return program[1] if "/contract/" in file and program else file
 
     config.option.loadscopereorder = False  # the order of the items, not the files with the most tests first
     return Grouped(config, log)

@@ -3,10 +3,8 @@
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -17,46 +15,12 @@ from common import provenance
 from common.data.images import Data, Images, random_split
 from common.data.published import published
 from common.provenance import (
-    alterations,
     data_differences,
     device_name,
     parameter_counts,
     peak_memory,
     versions,
 )
-
-
-@dataclass
-class Recipe:
-    epochs: int = 30
-    lr: float = 1e-5
-    seed: int | None = 42
-    data_root: str = "data"
-    weights: str = "pretrained"
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    released: bool = False
-
-
-def test_the_published_recipe_is_not_altered() -> None:
-    assert alterations(Recipe()) == []
-    assert alterations(Recipe(epochs=30, lr=0.00001)) == []
-
-
-def test_where_data_lie_which_seed_and_which_side_are_no_alterations() -> None:
-    assert alterations(Recipe(seed=None, data_root="/elsewhere", released=True)) == []
-
-
-def test_every_other_field_is_one() -> None:
-    altered = Recipe(epochs=2, lr=1e-4, weights="none", model_kwargs={"depth": 9}, seed=1)
-    assert alterations(altered) == [
-        "epochs 30 -> 2",
-        "lr 1e-05 -> 0.0001",
-        "weights pretrained -> none",
-        "model_kwargs {} -> {'depth': 9}",
-    ]
-    assert alterations(replace(altered, epochs=30, lr=1e-5, weights="pretrained")) == [
-        "model_kwargs {} -> {'depth': 9}"
-    ]
 
 
 def images(name: str, split: str, count: int) -> Images:

@@ -205,31 +205,6 @@ def test_margin_of_single_runs_is_the_normal_interval():
     assert margin(row, [91.0], CUB) == pytest.approx(0.71648, abs=2e-5)  # by hand: 1.959964 * sqrt(.132799 + .000833)
 
 
-def test_margin_includes_the_reading_error_of_a_figure():
-    row = all_rows()["glsim_cub_448_glsim"]  # 92.09 read to +-0.05
-    error = math.sqrt(92.09 * 7.91 / CUB + (0.01**2 + 0.1**2) / 12)
-    assert margin(row, [92.0], CUB) == pytest.approx(stats.norm.ppf(0.975) * error, rel=1e-9)
-
-
-def test_margin_with_the_papers_spread_only():
-    row = all_rows()["glsim_cub_224_glsim"]  # 90.93 +- 0.24 over 3 seeds
-    known = 90.93 * 9.07 / CUB + 0.01**2 / 12
-    spread = 0.24**2 * (1 / 1 + 1 / 3)
-    freedom = (known + spread) ** 2 / (spread**2 / 2)
-    expected = stats.t.ppf(0.975, freedom) * math.sqrt(known + spread)
-    assert margin(row, [91.0], CUB) == pytest.approx(expected, rel=1e-9)
-
-
-def test_margin_with_our_spread_only():
-    row = all_rows()["ffvt_cub"]
-    values = [91.2, 91.6, 91.9]
-    known = 91.6 * 8.4 / CUB + 0.1**2 / 12
-    spread = float(np.var(values, ddof=1)) * (1 / 3 + 1)
-    freedom = (known + spread) ** 2 / (spread**2 / 2)
-    expected = stats.t.ppf(0.975, freedom) * math.sqrt(known + spread)
-    assert margin(row, values, CUB) == pytest.approx(expected, rel=1e-9)
-
-
 def test_margin_is_welchs_where_nothing_but_the_spreads_matters():
     row = replace(all_rows()["glsim_cub_224_glsim"], step=0.0)
     ours, theirs = [90.2, 91.4, 90.9, 90.1], [90.69, 90.93, 91.17]  # mean 90.93, sd 0.24
@@ -265,14 +240,6 @@ def test_without_runs_every_row_is_listed_as_not_run(tmp_path):
     assert {(line.verdict, line.side, line.best, line.last) for line in lines} == {("not run", "", None, None)}
 
 
-@pytest.mark.parametrize(("correct", "verdict"), [(5268, "reproduced"), (5100, "below"), (5500, "above")])
-def test_verdict_by_the_difference(runs, correct, verdict):
-    line = only(comparison(runs(record(correct=correct)), ["glsim_cub_224_glsim"]))
-    assert (line.verdict, line.reason, line.side) == (verdict, "", "described")
-    assert line.best.difference == pytest.approx(100 * correct / CUB - 90.93)
-    assert (line.best.n, line.best.sd, line.seeds) == (1, None, 1)
-
-
 def test_the_margin_itself_is_inside(runs):
     row = all_rows()["glsim_cub_224_glsim"]
     half = margin(row, [0.0], CUB)
@@ -293,13 +260,6 @@ def test_mean_and_deviation_of_several_runs_best_and_last(runs):
     assert line.last.mean == pytest.approx(np.mean([100 * d / CUB for d in lasts]))
     assert line.last.difference == pytest.approx(line.last.mean - 90.93)
     assert (line.seeds, line.notes, len(line.records)) == (3, (), 3)
-
-
-def test_repeated_seeds_are_noted_and_runs_without_a_seed_are_distinct(runs):
-    entries = [record(seed=1), record(seed=1, correct=5270), record(seed=2), record(seed=None), record(seed=None)]
-    line = only(comparison(runs(*entries), ["glsim_cub_224_glsim"]))
-    assert (line.best.n, line.seeds) == (5, 4)
-    assert "5 runs, 4 distinct seed(s)" in line.notes
 
 
 def test_described_and_released_are_separate_lines(runs):
@@ -327,56 +287,8 @@ def test_evaluated_checkpoints_are_a_group_of_their_own_and_count_once(runs):
     assert "n=4, checkpoint 90.97 ± 0.10" in markdown_table(lines)
 
 
-def test_no_published_value(runs):
-    entry = record(row="gft_food101", correct=22000, total=25250)
-    line = only(comparison(runs(entry), ["gft_food101"]))
-    assert (line.verdict, line.reason) == ("no published value", "the paper's accuracy tables could not be consulted")
-    assert line.best.mean == pytest.approx(100 * 22000 / 25250)
-    assert (line.best.difference, line.best.margin) == (None, None)
-
-
-def test_not_comparable_with_another_test_set(runs):
-    line = only(comparison(runs(record(correct=5000, total=5700)), ["glsim_cub_224_glsim"]))
-    assert line.verdict == "not comparable"
-    assert line.reason == "tested on 5,700 images, the paper's test set has 5,794"
-    assert line.best.difference is None
-
-
-def test_not_comparable_where_one_run_has_another_test_set(runs):
-    line = only(comparison(runs(record(), record(seed=2, total=5793)), ["glsim_cub_224_glsim"]))
-    assert (line.verdict, line.best.n) == ("not comparable", 2)
-    assert "5,793 and 5,794" in line.reason
-
-
-def test_a_test_set_of_unknown_size_takes_the_runs(runs):
-    row = "glsim_moe_224_glsim"
-    line = only(comparison(runs(record(row, 967, 1000)), [row]))
-    assert line.verdict == "reproduced"
-    assert line.best.margin == pytest.approx(margin(line.row, [96.7], 1000))
-    assert any("1,000 images" in note for note in line.notes)
-
-
-def test_not_comparable_where_runs_of_a_test_set_of_unknown_size_differ(runs):
-    row = "glsim_moe_224_glsim"
-    line = only(comparison(runs(record(row, 967, 1000), record(row, 960, 999)), [row]))
-    assert (line.verdict, line.reason) == ("not comparable", "the runs differ in their test sets: 999 to 1,000 images")
-
-
-def test_the_average_of_ten_data_sets_is_not_comparable(runs):
-    row = "glsim_average_224_glsim"
-    line = only(comparison(runs(record(row)), [row]))
-    assert (line.verdict, line.best.difference) == ("not comparable", None)
-    assert "ten data sets" in line.reason
-
-
 def selected(kind):
     return {"split": "x", "rule": "best top-1", "kind": kind}
-
-
-def test_selection_on_a_validation_set_is_noted(runs):
-    line = only(comparison(runs(record(selection=selected("validation-selected"))), ["glsim_cub_224_glsim"]))
-    assert line.verdict == "reproduced"
-    assert any("validation set" in note for note in line.notes)
 
 
 def test_selection_on_the_test_set_is_not_comparable_with_a_validated_paper(runs, monkeypatch):
@@ -393,34 +305,6 @@ def test_last_decides_where_there_is_no_best(runs):
     line = only(comparison(runs(entry), ["glsim_cub_224_glsim"]))
     assert (line.best, line.verdict) == (None, "reproduced")
     assert "best -, last 90.92" in markdown_table([line])
-
-
-NEVER = [
-    record(excluded=["demo run"], correct=100),
-    record(excluded=["altered: epochs 30 -> 2", "demo run"], correct=100),
-    record(excluded=["altered: epochs 30 -> 2"], correct=100),
-    record(excluded=["limited: 10 steps"], correct=100),
-    record(status="interrupted", correct=100),
-    record(status="failed", results=None),
-    record(results={"best": None, "last": None}),
-    record(results={"best": {"test": None}}),
-]
-
-
-def test_records_that_never_count(runs, capsys):
-    folder = runs(*NEVER, record(row=None), record(row="another"), record())
-    lines = comparison(folder)
-    assert [(line.row.id, line.best.n) for line in lines if line.side] == [("glsim_cub_224_glsim", 1)]
-    assert results.main(["--runs", str(folder)]) == 0
-    out = capsys.readouterr().out
-    assert "do not count: 10 (" in out
-    for part in ("2 demo", "1 altered", "1 limited", "2 not finished", "2 no test result", "2 no row of a paper"):
-        assert part in out
-
-
-@pytest.mark.parametrize("entry", NEVER)
-def test_a_record_that_never_counts_leaves_the_row_not_run(runs, entry):
-    assert {line.verdict for line in comparison(runs(entry))} == {"not run"}
 
 
 # The line at the end of a run
@@ -536,24 +420,6 @@ def test_readme_block_has_a_compact_table_for_each_paper(runs):
 README = "# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nEnd\n"
 
 
-def test_readme_is_written_once_and_checked(runs, tmp_path, capsys):
-    folder, readme = runs(record()), tmp_path / "README.md"
-    readme.write_text(README, "utf-8")
-    command = ["--runs", str(folder), "--readme", str(readme)]
-    assert results.main([*command, "--check"]) == 1
-    assert "--readme" in capsys.readouterr().err
-    assert readme.read_text("utf-8") == README
-    assert results.main(command) == 0
-    written = readme.read_text("utf-8")
-    assert written.startswith("# Title\n\n<!-- results -->\n")
-    assert written.endswith("<!-- /results -->\n\nEnd\n")
-    assert "old" not in written
-    assert readme_block(folder) in written
-    assert results.main([*command, "--check"]) == 0
-    assert results.main(command) == 0
-    assert readme.read_text("utf-8") == written
-
-
 @pytest.mark.parametrize(
     "text", ["no markers", "<!-- results -->", "<!-- /results --> <!-- results -->", README + README]
 )
@@ -563,32 +429,6 @@ def test_readme_without_its_markers_is_refused(tmp_path, capsys, text):
     assert results.main(["--runs", str(tmp_path), "--readme", str(readme)]) == 2
     assert "README.md needs the line" in capsys.readouterr().err
     assert readme.read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fault"),
-    [
-        (["--row", "gft_foot101"], "did you mean gft_food101"),
-        (["--runs", "absent"], "no such folder"),
-        (["--check"], "--readme FILE"),
-        (["--readme", "absent.md"], "Cannot read absent.md"),
-        (["--readme", "absent.md", "--paper", "gft"], "--row and --paper out"),
-    ],
-)
-def test_errors_of_the_command_line(tmp_path, monkeypatch, capsys, arguments, fault):
-    monkeypatch.chdir(tmp_path)
-    assert results.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert fault in captured.err
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-
-
-def test_a_broken_record_ends_the_command_with_its_name(runs, capsys):
-    folder = runs(record())
-    find_records(folder)[0].write_text("{")
-    assert results.main(["--runs", str(folder)]) == 2
-    assert str(find_records(folder)[0]) in capsys.readouterr().err
 
 
 def test_the_command_runs_as_printed(tmp_path):

@@ -1,4 +1,4 @@
-"""Single promises about files from anywhere; tests/faults has the thousands of damaged ones."""
+"""Single promises about files from anywhere."""
 
 import io
 import time

@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model_name", default="vit_b16", choices=MODEL_NAMES, metavar="S", help="a ViT of GLSim [%(default)s]"
     )
-    parser.add_argument("--image_size", type=int, nargs="+", default=IMAGE_SIZES, metavar="N", help="sides, pixels")
+    parser.add_argument(
+        "--image_size", type=int, nargs="+", default=IMAGE_SIZES, metavar="N", help="sides, pixels %(default)s"
+    )
     arguments = parser.parse_args(argv)
     try:
         print(table(arguments.model_name, arguments.image_size))

@@ -273,7 +273,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ckpt_path", nargs="+", default=[], metavar="F", help="checkpoints [ckpts/*.pth]")
     parser.add_argument("--examples", metavar="DIR", help="pictures to pick from [two photographs]")
     parser.add_argument("--host", default="127.0.0.1", metavar="S", help="0.0.0.0: for others too [%(default)s]")
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="[%(default)s]")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page [%(default)s]")
     parser.add_argument("--device", default="auto", metavar="S", help="auto, cpu, cuda, cuda:N, mps [%(default)s]")
     parser.add_argument(
         "--demo", action="store_true", help="digits, and without --ckpt_path a model that knows nothing"

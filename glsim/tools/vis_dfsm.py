@@ -6,8 +6,8 @@
     python tools/vis_dfsm.py --ckpt_path ckpts/cub_glsim_224.pth  a trained model, on its data set
     python tools/vis_dfsm.py --demo                               digits, and a small model whose weights are random
 
-Writes {results_dir}/{dataset}_{model}_{mask}_{serial}.png. --seed chooses the images. --released draws the
-masks as the released program does (docs/fidelity.md GLSIM-7, GLSIM-8, GLSIM-9, GLSIM-10).
+Writes {results_dir}/{dataset}_{model}_{mask}_{serial}.png. --seed chooses the images. --released:
+`attention` without a number and masks without colour as in the released program (docs/fidelity.md GLSIM-7, GLSIM-10).
 """
 
 import sys

@@ -13,13 +13,13 @@ from glsim.train_utils.yaml_config import CONFIGS, read_config
 
 @dataclass
 class Recipe(Settings):
-    epochs: int = 50
+    epochs: int = 50  # passes over the training images
     batch_size: int = 8  # images per process and iteration
     gradient_accumulation_steps: int = 1  # iterations that an update is made of; they enlarge the batch
     lr: float = 0.01  # learning rate after the warm-up
     base_lr: float | None = None  # learning rate for 8 images an update, in the place of --lr
     opt: str = "sgd"  # optimizer, by timm's name; sgd has Nesterov momentum
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD and of optimizers that have one
     weight_decay: float = 0.0  # on all parameters but vectors
     opt_eps: float | None = None  # epsilon of the optimizer; none: its own
     opt_betas: list[float] | None = None  # betas of the optimizer; none: its own
@@ -32,7 +32,7 @@ class Recipe(Settings):
     min_lr: float = 1e-5  # where the cosine ends
     decay_epochs: int = 30  # of the step schedule
     decay_rate: float = 0.1  # of the step schedule
-    seed: int = 0
+    seed: int = 0  # of order, augmentation, dropout and new layers
     fp16: bool = switched_off()  # mixed precision on a GPU; a CPU computes in fp32
     eval_freq: int = 200  # epochs between two evaluations; the last epoch is evaluated too
     log_freq: int = 100  # updates between two lines of the log

@@ -23,9 +23,9 @@ class Settings:
     folder_val: str = "images"  # of validation
     folder_test: str = "images"  # of the test
     df_train: str = "train.csv"  # class_id,dir of each image, in the root
-    df_trainval: str = "train_val.csv"
-    df_val: str = "val.csv"
-    df_test: str = "test.csv"
+    df_trainval: str = "train_val.csv"  # of training and validation together
+    df_val: str = "val.csv"  # of validation
+    df_test: str = "test.csv"  # of the test
     df_classid_classname: str = "classid_classname.csv"  # class_id,class_name; numbers serve where it is missing
     train_trainval: bool = switched_off()  # train on train_val and select on test; off: train and val
     # Transforms
@@ -40,8 +40,8 @@ class Settings:
     random_resized_crop: bool = False  # random size and aspect ratio
     square_center_crop: bool = False  # resize to a square, cut in the middle
     affine: bool = False  # random affine transform
-    horizontal_flip: bool = False
-    vertical_flip: bool = False
+    horizontal_flip: bool = False  # mirror every second training image
+    vertical_flip: bool = False  # turn every second one upside down
     aa: bool = False  # AutoAugment
     randaug: bool = False  # RandAugment
     trivial_aug: bool = False  # TrivialAugmentWide
@@ -92,13 +92,13 @@ class Settings:
     adapter: Literal["bottleneck"] | None = None  # adapters in the encoder, trained alone (glsvit_*, glsdeit*)
     cal_single_crop: bool = False  # test cal on the image alone
     hidden_size: int | None = None  # none, here and below: of the named model (vit_*)
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_hidden_layers: int | None = None
+    intermediate_size: int | None = None  # width of its MLPs
+    num_attention_heads: int | None = None  # in a block
+    num_hidden_layers: int | None = None  # blocks
     representation_size: int | None = None  # width behind the encoder
-    attention_probs_dropout_prob: float | None = None
-    hidden_dropout_prob: float | None = None
-    layer_norm_eps: float | None = None
+    attention_probs_dropout_prob: float | None = None  # dropout of attention weights
+    hidden_dropout_prob: float | None = None  # dropout at the end of each residual branch
+    layer_norm_eps: float | None = None  # added to the variance in each LayerNorm
     sd: float = 0.0  # stochastic depth (vit_*, glsvit_*, glsdeit*, timm's)
     test_flip: bool = False  # evaluate on the image and its mirror image
     debugging: bool = False  # print the shape at each stage

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parity.figures import golden
 from PIL import Image
 from scipy.io import savemat
 
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/datasets_ffvt.json").read_text())
+GOLDEN = golden("datasets_ffvt")
 
 
 def save(path: Path, mode: str = "RGB") -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults.image_kinds import EPS, KINDS, Kind
+from image_kinds import EPS, KINDS, Kind
 from PIL import Image, ImageFile
 from tiny_trees import sentence, write_image
 from torch._utils import ExceptionWrapper

@@ -13,7 +13,7 @@ from typing import Any
 import PIL
 import pytest
 import torch
-from faults.image_kinds import KINDS, Kind
+from image_kinds import KINDS, Kind
 from tiny_trees import write_image
 from torchvision import transforms as T
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,19 +55,14 @@ def test_seen_patches_teach_nothing() -> None:
     assert not x.grad.any()
 
 
-def test_stochastic_depth_drops_cls_and_patches_together() -> None:
-    own = block(drop_path=0.5)
-    assert isinstance(own.drop_path1, DropPath)
-    torch.manual_seed(3)
-    whole = own(tokens())
-    torch.manual_seed(3)
-    assert run_used(own, tokens(), "seen").equal(whole)
-
-
-def test_other_blocks_are_run_whole() -> None:
+def test_stochastic_depth_and_other_blocks_are_run_whole() -> None:
     torch.manual_seed(0)
     other: Any = ParallelScalingBlock(WIDTH, HEADS, qkv_bias=True).double()
-    assert run_used(other, tokens(), "unread").equal(other(tokens()))
+    for own, patches in ((block(drop_path=0.5), "seen"), (other, "unread")):
+        torch.manual_seed(3)
+        whole = own(tokens())
+        torch.manual_seed(3)
+        assert run_used(own, tokens(), patches).equal(whole)
 
 
 def build_published(image_size: int = 64) -> nn.Module:
@@ -82,6 +76,11 @@ def build_timm(image_size: int = 64) -> nn.Module:
 
 
 BUILD = pytest.mark.parametrize("build", [build_published, build_timm], ids=["published", "timm"])
+
+
+def run_all_whole(patch: pytest.MonkeyPatch) -> None:
+    for module in ("glsim.model_utils.glsim", "glsim.model_utils.timm_glsim"):
+        patch.setattr(f"{module}.run_used", lambda own, x, _: own(x))
 
 
 @BUILD
@@ -104,33 +103,23 @@ def test_a_training_step_is_that_of_whole_blocks(
         logits, crops = model(images)
         logits.square().sum().backward()
         found.append([logits, crops, *(p.grad for p in model.parameters() if p.grad is not None)])
-        for module in ("glsim.model_utils.glsim", "glsim.model_utils.timm_glsim"):
-            monkeypatch.setattr(f"{module}.run_used", lambda own, x, _: own(x))
+        run_all_whole(monkeypatch)
     assert found[0][2:]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
 
 
 @BUILD
-def test_two_passes_cost_less_than_two(build: Callable[[int], nn.Module]) -> None:
-    """At 224 px: five sixths of a block less in the crop's pass, and in the backward pass of the image's."""
-    images = torch.zeros(1, 3, 224, 224)
-
-    def operations(model: nn.Module, whole: bool) -> tuple[int, int]:
-        counted = []
-        for training in (True, False):
-            with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
-                if whole:
-                    for module in ("glsim.model_utils.glsim", "glsim.model_utils.timm_glsim"):
-                        patch.setattr(f"{module}.run_used", lambda own, x, _: own(x))
-                with torch.set_grad_enabled(training):
-                    logits = model.train(training)(images)[0]
-                if training:
-                    logits.sum().backward()
-            counted.append(counter.get_total_flops())
-        return counted[0], counted[1]
-
-    model = build(224)
-    used, whole = operations(model, whole=False), operations(model, whole=True)
-    # Of 2 x 12 blocks' forward passes and twice as much backward: 5/6 x (1 + 2) and 5/6 x 2 of a block's less.
-    assert used[0] / whole[0] == pytest.approx(1 - 5 / 6 * 5 / 72, abs=0.01)
-    assert used[1] / whole[1] == pytest.approx(1 - 5 / 6 / 24, abs=0.01)
+@pytest.mark.parametrize(("training", "saved"), [(True, 5 / 6 * 5 / 72), (False, 5 / 6 / 24)], ids=["train", "eval"])
+def test_two_passes_cost_less_than_two(
+    build: Callable[[int], nn.Module], training: bool, saved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 224 px. Of 2 x 12 blocks forward and twice as much backward: 5/6 x (1 + 2) and 5/6 x 2 of a block's less."""
+    model, counted = build(224).train(training), []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            logits = model(torch.zeros(1, 3, 224, 224))[0]
+            if training:
+                logits.sum().backward()
+        counted.append(counter.get_total_flops())
+        run_all_whole(monkeypatch)
+    assert counted[0] / counted[1] == pytest.approx(1 - saved, abs=0.01)

@@ -1,1 +1,0 @@
-"""Tests that break things: `make faults` runs all of them and writes docs/reliability.md, `make test` a part."""
