@@ -74,14 +74,8 @@ def write_cub(root: Path, train_val: list[Row], test: list[Row]) -> None:
     write_birds(root, *one_based, {class_id: image.partition("/")[0] for class_id, image in chain(*one_based)})
 
 
-BIRDS = {
-    0: "Birds",
-    295: "Common Eider",
-    645: "Some Bird (Male)",
-    700: "Not Used",
-    817: "Oak Titmouse",
-    1010: "Dark-eyed Junco",
-}
+BIRDS = {0: "Birds", 295: "Common Eider", 645: "Some Bird (Male)", 700: "Not Used"}
+BIRDS |= {817: "Oak Titmouse", 1010: "Dark-eyed Junco"}
 
 
 def write_nabirds(root: Path, train_val: list[Row], test: list[Row]) -> None:
@@ -176,17 +170,9 @@ def write_soy(root: Path, train_val: list[Row], test: list[Row]) -> None:
 
 
 WRITERS = {
-    "aircraft": write_aircraft,
-    "cars": write_cars,
-    "cotton": write_cotton,
-    "cub": write_cub,
-    "dogs": write_dogs,
-    "flowers": write_flowers,
-    "food": write_food,
-    "inat17": write_inat17,
-    "nabirds": write_nabirds,
-    "pets": write_pets,
-    "soy": write_soy,
+    **{"aircraft": write_aircraft, "cars": write_cars, "cotton": write_cotton, "cub": write_cub, "dogs": write_dogs},
+    **{"flowers": write_flowers, "food": write_food, "inat17": write_inat17, "nabirds": write_nabirds},
+    **{"pets": write_pets, "soy": write_soy},
 }
 
 

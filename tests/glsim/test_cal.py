@@ -1,16 +1,17 @@
-"""glsim.model_utils.cal: the figures of the released class, the attention's crops and losses written out, files."""
+"""glsim.model_utils.cal: the attention's crops and losses written out, files.
+
+What it shares with the other models is in test_glsim_families.py, the released figures in tests/parity.
+"""
 
 import copy
-import hashlib
-import json
 import math
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from formula import check_figures, fill, fill_image
+from small_models import LABELS
+from small_models import cal as tiny
 from torch import nn
 
 from common.errors import UserError
@@ -18,77 +19,9 @@ from common.weights import load_checkpoint, load_weights
 from glsim.model_utils import cal
 from glsim.model_utils.cal import CAL, CENTER_RATE, Classifier, attended, bilinear_pooling, padded_boxes
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "glsim_builders.json").read_text())["cal"]
-LABELS = torch.tensor([3, 7])
-
-
-def fill_released(model):
-    """Fill a model by the keys that its entries have in a released file; the centres of the classes are zero."""
-    entries = model.released_state_dict().items()
-    model.load_released({key: fill(key, v.shape) if v.is_floating_point() else v for key, v in entries})
-    return model.eval()
-
-
-def tiny(num_classes=10, seed=0, **arguments):
-    """A small model with attention of its own for every place: BatchNorm's scales differ from channel to channel."""
-    torch.manual_seed(seed)
-    model = CAL(num_classes, **{"backbone": "resnet18", "num_maps": 4, **arguments})
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-    return model.eval()
-
 
 def images(batch=2, size=64):
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(size)) - 0.5
-
-
-def assert_figures(tensor, figures):
-    atol = 1e-7 * figures["abs_sum"]
-    sums = {key: value for key, value in figures.items() if key != "first"}
-    expected = {key: value if key == "shape" else pytest.approx(value, abs=atol) for key, value in sums.items()}
-    assert check_figures(tensor) == expected
-    assert tensor.flatten()[: len(figures["first"])].tolist() == pytest.approx(figures["first"], abs=5e-6)
-
-
-# The recorded figures of the released class.
-
-
-@pytest.fixture(scope="module")
-def resnet101():
-    return fill_released(CAL(10))
-
-
-def test_names_shapes_order_and_parameters_are_the_released_ones(resnet101):
-    assert sum(parameter.numel() for parameter in resnet101.parameters()) == GOLDEN["num_params"]
-    entries = resnet101.released_state_dict().items()
-    lines = "".join(f"{key}:{'x'.join(map(str, value.shape))}\n" for key, value in entries)
-    assert {"n": len(entries), "sha1": hashlib.sha1(lines.encode()).hexdigest()} == GOLDEN["state_dict"]
-
-
-@torch.no_grad()
-def test_one_look_equals_the_released_class(resnet101):
-    seen = resnet101.look(fill_image(2, 3, 224, 224))
-    torch.testing.assert_close(seen.logits, torch.tensor(GOLDEN["single_crop_logits"]), atol=5e-6, rtol=0)
-    torch.testing.assert_close(seen.effect, torch.tensor(GOLDEN["raw_minus_counterfactual"]), atol=5e-6, rtol=0)
-    assert_figures(seen.pooled, GOLDEN["pooled"])
-    assert_figures(seen.maps.mean(1, keepdim=True), GOLDEN["mean_map"])
-    loss = F.cross_entropy(seen.logits, LABELS).item()
-    assert loss == pytest.approx(GOLDEN["single_crop_loss"], abs=5e-6)
-
-
-@torch.no_grad()
-def test_six_views_equal_the_released_class(resnet101):
-    batch = fill_image(2, 3, 224, 224)
-    logits, views = resnet101.multi_crop(batch)
-    torch.testing.assert_close(logits, torch.tensor(GOLDEN["logits"]), atol=5e-6, rtol=0)
-    as_released = views.unflatten(0, (3, 2)).permute(2, 3, 4, 5, 1, 0).flatten(4)  # image, its crops; mirrored, its
-    assert_figures(as_released, GOLDEN["views"])
-    resnet101.multi_crop = lambda _: (logits, views)
-    loss, same = resnet101(batch, LABELS)
-    assert torch.equal(same, logits)
-    assert loss.item() == pytest.approx(GOLDEN["loss"], abs=5e-6)
 
 
 # The parts, written out.
@@ -123,17 +56,12 @@ def test_bilinear_pooling_and_logits_are_float32_under_autocast(dtype):
 
 def slow_attended(heat, share, size):
     """Return what the one map `heat`, resized with corners aligned, has above a share of its maximum."""
-    height, width = heat.shape
-    pixels = torch.zeros(size, size, dtype=torch.float64)
-    for row in range(size):
-        for column in range(size):
-            y, x = row * (height - 1) / (size - 1), column * (width - 1) / (size - 1)
-            top, left = min(int(y), height - 2), min(int(x), width - 2)
-            corners = heat[top : top + 2, left : left + 2].double()
-            down, right = y - top, x - left
-            upper = corners[0, 0] * (1 - right) + corners[0, 1] * right
-            lower = corners[1, 0] * (1 - right) + corners[1, 1] * right
-            pixels[row, column] = upper * (1 - down) + lower * down
+    places = (torch.linspace(0, side - 1, size, dtype=torch.float64) for side in heat.shape)
+    rows, columns = (
+        (1 - (place[:, None] - torch.arange(side)).abs()).clamp(min=0)
+        for place, side in zip(places, heat.shape, strict=True)
+    )
+    pixels = rows @ heat.double() @ columns.T
     return pixels > share * pixels.max()
 
 
@@ -163,11 +91,6 @@ def test_thresholds_and_boxes_equal_loops_over_pixels():
     every = torch.cat((where, spots))
     assert padded_boxes(every).tolist() == [slow_box(one) for one in every]
     assert padded_boxes(every)[-1].tolist() == [0, 31, 0, 31]
-
-
-def test_attention_to_nothing_leaves_the_image_whole():
-    where = attended(torch.zeros(1, 4, 4), 0.3, 8)
-    assert not where.any()
 
 
 @torch.no_grad()
@@ -240,6 +163,7 @@ def test_counterfactual_attention_is_random_with_mean_one_in_training_and_one_in
     first, second = model.look(batch), model.look(batch)
     assert torch.equal(first.logits, expected.logits)
     assert not torch.equal(first.effect, second.effect)
+    assert torch.equal(model(batch), first.logits)  # without labels
     monkeypatch.setattr(torch, "rand_like", lambda maps: torch.full_like(maps, 0.5))
     assert torch.equal(model.look(batch).effect, expected.effect)
 
@@ -306,59 +230,7 @@ def test_centres_are_a_buffer_that_training_alone_changes():
     assert center.any(1).nonzero().flatten().tolist() == LABELS.tolist()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_every_parameter_gets_a_gradient(dtype):
-    model = tiny().train()
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        loss, _ = model(images(), LABELS)
-    assert loss.dtype == torch.float32
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
-
-
-@torch.no_grad()
-def test_training_without_labels_gives_logits_of_the_image_alone():
-    model, batch = tiny().train(), images()
-    assert torch.equal(model(batch), model.look(batch).logits)
-
-
 # Files and refusals.
-
-
-def test_released_files_load_with_their_prefix_and_ours_as_they_are():
-    model = tiny()
-    nn.init.ones_(model.classifier.feature_center)
-    own, entries = model.state_dict(), model.released_state_dict()
-    assert all(key.startswith("net.") for key in entries)
-    wrapped = {f"model.{key}": value for key, value in entries.items()}
-    for state in (model.from_released(entries), model.from_released(wrapped)):
-        assert state.keys() == own.keys()
-        assert not state.pop("classifier.feature_center").any()  # the authors' files have none
-        assert all(torch.equal(value, own[key]) for key, value in state.items())
-    assert all(torch.equal(value, own[key]) for key, value in model.from_released(own).items())
-    other = tiny(seed=1)
-    other.load_released(entries)
-    torch.testing.assert_close(other(images()), model(images()))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda entries: entries.pop("net.attentions.bn.running_var"), r"lacks net\.attentions\.bn\.running_var"),
-        (lambda entries: entries.update({"net.fc.bias": torch.ones(1)}), r"unknown net\.fc\.bias"),
-        (lambda entries: entries.update({"net.fc.weight": torch.ones(3)}), r"net\.fc\.weight of shape \(3,\)"),
-    ],
-)
-def test_a_file_of_another_model_is_refused_and_changes_nothing(change, words):
-    model = tiny()
-    before = copy.deepcopy(model.state_dict())
-    entries = {key: value + 1 for key, value in model.released_state_dict().items()}
-    change(entries)
-    with pytest.raises(UserError, match=words):
-        model.load_released(entries)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_files_of_ours_of_the_authors_and_of_a_resnet_load(tmp_path):
@@ -381,14 +253,6 @@ def test_files_of_ours_of_the_authors_and_of_a_resnet_load(tmp_path):
     model = tiny()
     assert set(load_weights(model, file)["left"]) == {key for key in model.state_dict() if "base_model" not in key}
     assert torch.equal(model.base_model.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
-
-
-def test_the_configuration_builds_the_model_again():
-    model = tiny(num_classes=7, single_crop=True, smoothing_value=0.1, num_maps=3)
-    again = CAL(**json.loads(json.dumps(model.config))).eval()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(images()), model(images()))
-    assert (again.smoothing_value, again.config) == (0.1, model.config)
 
 
 def test_pretrained_weights_are_torchvisions_first_ones(monkeypatch):
