@@ -7,8 +7,8 @@ PYTHON ?= python3
 LOCK ?= yes
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-NUMERIC := tests/parity tests/models tests/ffvt tests/glsim tests/test_engine.py tests/contract/test_processes.py \
-	tests/contract/test_answers.py
+NUMERIC := tests/parity tests/models tests/ffvt $(addprefix tests/glsim/test_,$(addsuffix .py,glsim_model glsim_families \
+	timm_glsim transfg_official cal heatmap resnet glsim_training)) tests/contract/test_processes.py tests/contract/test_answers.py
 LOCKED := --require-hashes --no-deps -r
 COMPILE := $(BIN)/uv pip compile --quiet --no-config --default-index https://pypi.org/simple --universal \
 	--python-version 3.10 --generate-hashes --upgrade --custom-compile-command 'make lock'

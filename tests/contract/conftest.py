@@ -3,7 +3,7 @@
 import platform
 import re
 import time
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,15 @@ import torch
 
 from contract.programs import PROGRAMS
 
+PARTS = ("interrupted", "resume", "machine", "processes", "malicious", "offline")  # tests/contract/test_{part}.py
+COLUMNS = (*PROGRAMS, "others")
 HEAD = """# Reliability: what was broken on purpose, and what held
 
-Made by `make faults`; do not edit. A row is a test of `tests/contract`, which runs the programs as a user does: `held`,
-or in how many of its cases it held. A case may be many moments: runs are killed at every phase of a step and of the
-saving of every file, and the resumed run must equal one that was left alone, bit for bit. No GPU was used.
+Made by `make faults`; do not edit. A row is a test of `tests/contract`, which runs the programs as a user does; a cell
+says in how many cases it held, and `-` that it does not concern the program. One that fails fails the command, and the
+page is then not written. A case "at every moment" is dozens of them: each phase of a step, each phase of the saving of
+each file. After every one the run is resumed, and must end like one that was left alone, bit for bit. No GPU was used.
+
 """
 
 
@@ -31,28 +35,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 class _Table:
     def __init__(self, page: Path) -> None:
-        self.page, self.started = page, time.time()
-        self.held: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.page, self.started = page, time.monotonic()
+        self.held: Counter[tuple[str, str, str]] = Counter()  # part, promise, column
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" or report.skipped:
-            return
-        file, _, test = report.nodeid.partition("::")
-        name, _, case = test.partition("[")
-        programs = [program for program in PROGRAMS if re.search(rf"\b{program}\b", case)]
-        row = (Path(file).stem.removeprefix("test_"), name.removeprefix("test_").replace("_", " "))
-        self.held[row][programs[0] if programs else "all"] += report.passed
+        found = re.search(r"test_(\w+)\.py::test_(\w+)(?:\[(.*)\])?$", report.nodeid)
+        if report.when == "call" and report.passed and found and found[1] in PARTS:
+            named = (program for program in PROGRAMS if re.search(rf"\b{program}\b", found[3] or ""))
+            self.held[found[1], found[2].replace("_", " "), next(named, COLUMNS[-1])] += 1
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if exitstatus != 0:
             return
-        lines = [HEAD, f"{time.strftime('%Y-%m-%d')}, {time.time() - self.started:.0f} s, {platform.machine()}, "]
-        lines[-1] += f"Python {platform.python_version()}, torch {torch.__version__}."
-        columns = [*PROGRAMS, "all"]
-        for part in dict.fromkeys(part for part, _ in self.held):
-            lines += ["", f"## {part.capitalize()}", "", f"| promise | {' | '.join(columns)} |", "|---" * 6 + "|"]
-            for (where, promise), held in self.held.items():
-                if where == part:
-                    cells = ["-" if not held[column] else str(held[column]) for column in columns]
-                    lines.append(f"| {promise} | {' | '.join(cells)} |")
-        self.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        seconds = time.monotonic() - self.started
+        made = (
+            f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {platform.machine()}, torch {torch.__version__}"
+        )
+        lines = [f"| {made} | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+        for part, promise in sorted({key[:2] for key in self.held}, key=lambda row: (PARTS.index(row[0]), row[1])):
+            counts = [self.held[part, promise, column] for column in COLUMNS]
+            lines.append(f"| {part}: {promise} | {' | '.join(str(count or '-') for count in counts)} |")
+        self.page.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")

@@ -289,10 +289,11 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 # What a run leaves
 
-# Times and speeds differ from run to run; options and arithmetic say how the last part of it was started.
+# Times and speeds differ from run to run; options and arithmetic say how the last part of it was started, `code` of
+# which state of the tree it was.
 OWN = {
     *("wall_seconds", "trained_seconds", "time", "images_per_s", "cpu_workers", "started", "finished", "speed"),
-    *("peak_memory_bytes", "options", "arithmetic"),
+    *("peak_memory_bytes", "options", "arithmetic", "code"),
 }
 
 

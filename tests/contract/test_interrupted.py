@@ -50,8 +50,10 @@ def saves(like: Reference, phase: str) -> dict[str, list[int]]:
 
 
 def draw(name: str, act: str, phase: str, count: int) -> list[Moment]:
+    """So many moments of a phase; one alone comes from the second half of the run, when there is much to resume."""
     total = reference(name).moments["counts"][phase]
-    numbers = random.Random(f"{name} {act} {phase}").sample(range(1, total + 1), min(count, total))
+    moments = range(total // 2 if count == 1 else 1, total + 1)
+    numbers = random.Random(f"{name} {act} {phase}").sample(moments, min(count, len(moments)))
     return [Moment(phase, number, act) for number in numbers]
 
 
