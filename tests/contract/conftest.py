@@ -51,7 +51,7 @@ class _Table:
         made = (
             f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {platform.machine()}, torch {torch.__version__}"
         )
-        lines = [f"| {made} | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+        lines = [f"| {made}, torch {torch.__version__} | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
         for part, promise in sorted({key[:2] for key in self.held}, key=lambda row: (PARTS.index(row[0]), row[1])):
             counts = [self.held[part, promise, column] for column in COLUMNS]
             lines.append(f"| {part}: {promise} | {' | '.join(str(count or '-') for count in counts)} |")

@@ -29,8 +29,8 @@ SAVING = ("open", "half", "fsync", "rename", "renamed")  # half: what was writte
 class Moments:
     """Counts the moments of this process from now on, and does `act` at the `number`-th of `phase`.
 
-    `act` is the name of a signal that the process sends itself, "memory" (that of the GPU is not enough), or what becomes
-    of the disk when a file is opened for writing: "full" or "readonly".
+    `act` is the name of a signal that the process sends itself, "memory" (that of the GPU is not enough), or what
+    becomes of the disk when a file is opened for writing: "full" or "readonly".
     """
 
     def __init__(self, phase: str = "", number: int = 0, act: str = "") -> None:
@@ -66,7 +66,7 @@ class Moments:
             return False
         if self.act == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        elif self.act.startswith("SIG"):
+        if self.act.startswith("SIG"):
             os.kill(self.process, getattr(signal, self.act))
         return True
 
