@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COMPUTING = ("forward", "backward", "optimizer", "evaluation")
-SAVING = ("open", "half", "fsync", "rename", "renamed")  # half: what was written of a file is cut in two, then killed
+SAVING = ("open", "half", "fsync", "rename", "renamed")  # half: what was written is cut in two, for SIGKILL alone
 
 
 class Moments:

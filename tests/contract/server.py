@@ -70,7 +70,7 @@ def become(job: dict[str, Any], said: Path) -> None:
     except BaseException as error:
         how = error
     finally:
-        if moments is not None:
+        if moments is not None and not moments.act:
             (said / "moments").write_text(json.dumps(moments.counted()))
     leave(how)
 
