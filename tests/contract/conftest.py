@@ -48,9 +48,7 @@ class _Table:
         if exitstatus != 0:
             return
         seconds = time.monotonic() - self.started
-        made = (
-            f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {platform.machine()}"
-        )
+        made = f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {platform.machine()}"
         lines = [f"| {made}, torch {torch.__version__} | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
         for part, promise in sorted({key[:2] for key in self.held}, key=lambda row: (PARTS.index(row[0]), row[1])):
             counts = [self.held[part, promise, column] for column in COLUMNS]
