@@ -170,7 +170,8 @@ def start(
     """A program in a folder; the first word is its file, relative to the repository."""
     words = [str(ROOT / words[0]), *map(str, words[1:])]
     # TensorBoard reads the curves of a run and of its resumption in the order of the seconds in their files' names.
-    begun = max((int(path.name.split(".")[3]) for path in cwd.rglob("events.out.tfevents.*")), default=0)
+    curves = [path for place in ("runs", "logs") for path in (cwd / place).rglob("events.out.tfevents.*")]
+    begun = max((int(path.name.split(".")[3]) for path in curves), default=0)
     time.sleep(max(0.0, begun + 1 - time.time()))
     said = Path(tempfile.mkdtemp(prefix="said-", dir=_scratch()))
     job = {"words": words, "cwd": str(cwd), "environment": environment or {}, "moment": moment, "said": str(said)}
