@@ -7,8 +7,9 @@ PYTHON ?= python3
 LOCK ?= yes
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-NUMERIC := tests/parity tests/models tests/ffvt $(addprefix tests/glsim/test_,$(addsuffix .py,glsim_model glsim_families \
-	timm_glsim transfg_official cal heatmap resnet glsim_training)) tests/contract/test_processes.py tests/contract/test_answers.py
+NUMERIC := tests/parity tests/models tests/ffvt $(addprefix tests/test_,$(addsuffix .py,google_npz direct loop precision)) \
+	$(addprefix tests/glsim/test_,$(addsuffix .py,glsim_model glsim_families timm_glsim transfg_official cal heatmap \
+	glsim_training)) $(addprefix tests/contract/test_,$(addsuffix .py,processes answers))
 LOCKED := --require-hashes --no-deps -r
 COMPILE := $(BIN)/uv pip compile --quiet --no-config --default-index https://pypi.org/simple --universal \
 	--python-version 3.10 --generate-hashes --upgrade --custom-compile-command 'make lock'
@@ -44,7 +45,7 @@ against: .venv/.tested
 # The tests again, counting lines and branches, those run by programs that the tests start too; each part must reach 90 %.
 coverage: .venv/.tested
 	$(BIN)/python -m pytest -n 2 --timeout 1200 --cov --cov-report= --cov-fail-under=0
-	for part in common ffvt glsim/model_utils; do $(BIN)/coverage report --include="$$part/*" || exit 1; done
+	for part in common ffvt gft glsim/model_utils results; do $(BIN)/coverage report --include="$$part/*" || exit 1; done
 
 lint: .venv/.tested
 	$(BIN)/ruff check .
@@ -61,20 +62,12 @@ audit: .venv/.tested
 	$(BIN)/python -m pip check
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements-test.lock
 
-# The figures go to .bench/ too, one file a program. On two cores this takes ten minutes at most, if nothing else runs.
+# What models, training loop and input cost beside plain PyTorch: a minute, and for the page docs/performance.md ten.
 bench: .venv/.installed
-	mkdir -p .bench
-	$(BIN)/python -m benchmarks.models --json .bench/models.json
-	$(BIN)/python -m benchmarks.psm --max-tokens 785 --json .bench/psm.json
-	$(BIN)/python -m benchmarks.engine --rounds 5 --json .bench/engine.json
-	$(BIN)/python -m benchmarks.data --json .bench/data.json
+	$(BIN)/python -m benchmarks --quick
 
-# docs/performance.md: what `make bench` measures, and some minutes more of what it leaves out.
-performance: bench
-	$(BIN)/python -m benchmarks.data --coco --json .bench/coco.json
-	$(BIN)/python -m benchmarks.inference --json .bench/inference.json
-	$(BIN)/python -m benchmarks.scaling --json .bench/scaling.json
-	$(BIN)/python -m benchmarks.page .bench/*.json
+performance: .venv/.installed
+	$(BIN)/python -m benchmarks
 
 # The stamps are made last: an installation that was interrupted is taken up again.
 .venv/.installed: requirements.txt requirements.lock
@@ -89,4 +82,4 @@ performance: bench
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .coverage* .bench
+	rm -rf .venv build *.egg-info .coverage*

@@ -16,8 +16,8 @@ from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, coco
-from common.models import GFT
 from common.run import run
+from gft import GFT
 
 
 @dataclass
@@ -52,7 +52,7 @@ def build(recipe: Recipe, num_classes: int) -> GFT:
 
 
 def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
-    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 

@@ -6,7 +6,7 @@
 
 One label an image: the category of its first annotation (docs/fidelity.md DATA-2). As published, val2017 (4,952
 images) both chooses the best epoch and is reported: the record says test-selected.
-Not the TransFG of AAAI 2022: see common/models/transfg.py. --released changes nothing here.
+Not the TransFG of AAAI 2022: see gft/transfg.py. --released changes nothing here.
 """
 
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, coco
-from common.models import TransFG
 from common.run import run
+from gft import TransFG
 
 
 @dataclass
@@ -53,7 +53,7 @@ def build(recipe: Recipe, num_classes: int) -> TransFG:
 
 
 def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
-    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 

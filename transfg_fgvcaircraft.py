@@ -5,7 +5,7 @@
     python transfg_fgvcaircraft.py --demo                  a small model on digits, a minute on a CPU
 
 100 variants. Trains on `train` alone (3,334 images); `val` chooses the best epoch, `test` (3,333) is reported.
-Not the TransFG of AAAI 2022: see common/models/transfg.py. --released changes nothing here.
+Not the TransFG of AAAI 2022: see gft/transfg.py. --released changes nothing here.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, aircraft
-from common.models import TransFG
 from common.run import run
+from gft import TransFG
 
 
 @dataclass
@@ -51,7 +51,7 @@ def build(recipe: Recipe, num_classes: int) -> TransFG:
 
 
 def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
-    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 

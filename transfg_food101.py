@@ -5,7 +5,7 @@
     python transfg_food101.py --demo                  a small model on digits, a minute on a CPU
 
 The best epoch is chosen on the fifth of `train` that seed 42 holds out; `test` (25,250 images) is reported.
-Not the TransFG of AAAI 2022: see common/models/transfg.py.
+Not the TransFG of AAAI 2022: see gft/transfg.py.
 --released: no augmentation (docs/fidelity.md DATA-1).
 """
 
@@ -16,8 +16,8 @@ from torch.optim import AdamW, lr_scheduler
 from torchvision import transforms as T
 
 from common.data import Data, food101, random_split
-from common.models import TransFG
 from common.run import run
+from gft import TransFG
 
 
 @dataclass
@@ -53,7 +53,7 @@ def build(recipe: Recipe, num_classes: int) -> TransFG:
 
 
 def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
-    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 

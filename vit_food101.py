@@ -53,7 +53,7 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def optimize(recipe: Recipe, parameters: Any) -> tuple[AdamW, lr_scheduler.CosineAnnealingLR]:
-    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.t_max)  # stepped once an epoch
 
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models import GFT, TransFG
-from common.models.gft import DEPTH as GFT_DEPTH
-from common.models.gft import EMA_DECAY, KEEP_RATIOS, HierarchicalAttention, index_gradient
-from common.models.transfg import DEPTH as TRANSFG_DEPTH
 from common.models.vit import embed
 from ffvt.model import FFVT
+from gft import GFT, TransFG
+from gft.model import DEPTH as GFT_DEPTH
+from gft.model import EMA_DECAY, KEEP_RATIOS, HierarchicalAttention, index_gradient
+from gft.transfg import DEPTH as TRANSFG_DEPTH
 from glsim.model_utils.glsim import ViTGLSim
 from glsim.model_utils.transfg import TransFG as OfficialTransFG
 

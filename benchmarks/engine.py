@@ -1,18 +1,19 @@
-"""What our engine costs: its training step beside a bare PyTorch loop over the same batches, in one run.
+"""What our training loop costs: its step beside a bare PyTorch loop over the same batches, in one run.
 
     python -m benchmarks.engine                                              CPU, ViT-B/16 at 224 px, about a minute
-    python -m benchmarks.engine --model densenet169 --device cuda --precision bf16 --batch-size 64 --json out.json
+    python -m benchmarks.engine --model densenet169 --device cuda --precision bf16 --batch-size 64
 
-The bare loop is forward, cross-entropy, backward and the same fused optimizer, with autocast where it is asked for. The
-engine (common.engine.Trainer) also seeds each step, brings batches from a DataLoader (of images in memory, without
-workers), measures the gradient to skip steps that are not finite, remembers running statistics, and counts loss and
-accuracy. Both take turns, so that a slower minute of the machine meets both; the fastest turn of each counts. CPU s is
-processor time, which other programs disturb less.
+The bare loop is forward, cross-entropy, backward and the same fused optimizer, with autocast where it is asked for.
+Ours (common.train.loop.update) also seeds each step, takes its batches from a DataLoader (of images in memory, without
+workers), and counts loss and accuracy. Both take turns, so that a slower minute of the machine meets both; the fastest
+turn of each counts. CPU s is processor time, which other programs disturb less.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -21,15 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from benchmarks import report
-from common import dist
-from common.amp import Precision
-from common.data.loader import Plan
-from common.engine import Loading, Trainer
+from common.cli import Flags, parse
+from common.cli import Options as CommonOptions
+from common.data.batches import Plan, training_batches
 from common.errors import UserError
-from common.placement import compile_model, memory_format, place
-from common.provenance import device_name
-from common.recipe import parse
+from common.train import distributed
+from common.train.checkpoint import make_state
+from common.train.loop import cross_entropy, update
+from common.train.model import memory_format, place
+from common.train.precision import Precision
+from common.train.record import device_name
+from common.train.run_folder import Run
 
 
 @dataclass
@@ -47,7 +50,6 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic
     compile: bool = False  # torch.compile the model
-    json: str | None = None  # also write the figures to this file
 
 
 class InMemory:
@@ -68,11 +70,9 @@ class InMemory:
         return self.images[index], int(self.labels[index])
 
 
-def build(recipe: Recipe, device: torch.device, compiled: bool) -> tuple[nn.Module, SGD]:
+def build(recipe: Recipe, run: Run) -> tuple[nn.Module, SGD]:
     torch.manual_seed(0)
-    model = place(timm.create_model(recipe.model, num_classes=recipe.num_classes), device)
-    if compiled:
-        compile_model(model)
+    model = place(run, timm.create_model(recipe.model, num_classes=recipe.num_classes))
     return model, SGD(model.parameters(), lr=1e-5, momentum=0.9, fused=True)
 
 
@@ -112,51 +112,43 @@ def timed(take: Callable[[], Any], steps: int, device: torch.device) -> tuple[fl
     return (time.perf_counter() - wall) / steps, (time.process_time() - processors) / steps
 
 
-def measure(recipe: Recipe, device: torch.device, precision_name: str, compiled: bool) -> dict[str, Any]:
-    """Seconds a step of the bare loop and of the engine, and what the engine takes more, as a share."""
-    data = InMemory(recipe)
-    model, optimizer = build(recipe, device, compiled)
-    bare = bare_steps(model, optimizer, data, Precision(precision_name, device), recipe.batch_size)
-    model, optimizer = build(recipe, device, compiled)
-    trainer = Trainer(
-        model=model,
-        optimizer=optimizer,
-        scheduler=None,
-        precision=Precision(precision_name, device),
-        images=data,  # type: ignore[arg-type]  # what the engine asks of images
-        plan=Plan(lambda _: range(len(data)), len(data), recipe.batch_size),
-        steps=recipe.steps * (recipe.rounds + 1),
-        device=device,
-        loading=Loading(),
-    )
-    ours = trainer.run()
-    turns: dict[str, list[tuple[float, float]]] = {"bare": [], "engine": []}
+def measure(recipe: Recipe, options: Options, device: torch.device) -> dict[str, Any]:
+    """Seconds a step of the bare loop and of ours, and what ours takes more, as a share."""
+    data: Any = InMemory(recipe)
+    settings = CommonOptions(precision=options.precision, compile=options.compile)
+    run = Run("engine", "benchmarks/engine.py", Path(), recipe, settings, {}, Flags(), device)
+    bare = bare_steps(*build(recipe, run), data, Precision(options.precision, device), recipe.batch_size)
+    model, optimizer = build(recipe, run)
+    run.precision = Precision(options.precision, device)
+    state = make_state(run, model, optimizer, None)
+    plan = Plan(lambda _: range(len(data)), len(data), recipe.batch_size)
+    batches = training_batches(data, plan, 0, range(recipe.steps * (recipe.rounds + 1)), 0, device.type == "cuda")
+    turns: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
     for _ in range(recipe.rounds + 1):
         turns["bare"].append(timed(lambda: next(bare), recipe.steps, device))
-        turns["engine"].append(timed(lambda: next(ours), recipe.steps, device))
+        step = partial(update, run, state, model, plan, batches, cross_entropy, None)
+        turns["ours"].append(timed(step, recipe.steps, device))
     found: dict[str, Any] = {}
     for number, clock in enumerate(("seconds", "cpu_seconds")):
         fastest = {name: min(turn[number] for turn in all_turns[1:]) for name, all_turns in turns.items()}
-        found[clock] = fastest | {"overhead": fastest["engine"] / fastest["bare"] - 1}
+        found[clock] = fastest | {"overhead": fastest["ours"] / fastest["bare"] - 1}
     return found
 
 
 def main() -> None:
-    recipe, options, *_ = parse(Recipe, Options, __doc__ or "")
+    recipe, options, _ = parse(Recipe, Options, __doc__ or "")
     try:
-        device = dist.choose_device(options.device, dist.Launch())
+        device = distributed.choose_device(options.device, distributed.Launch())
     except UserError as error:
         raise SystemExit(str(error)) from error
-    found = measure(recipe, device, options.precision, options.compile)
+    found = measure(recipe, options, device)
     print(
         f"{device_name(device)}, {options.precision}, {recipe.model}, {recipe.img_size} px, batch {recipe.batch_size}"
     )
     print(f"{'':12}{'step s':>9}{'CPU s':>9}")
-    for name in ("bare", "engine"):
+    for name in ("bare", "ours"):
         print(f"{name:12}{found['seconds'][name]:9.4f}{found['cpu_seconds'][name]:9.4f}")
     print(f"{'overhead':12}{found['seconds']['overhead']:9.1%}{found['cpu_seconds']['overhead']:9.1%}")
-    about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
-    report.write(options.json, "engine", found, recipe=recipe, **about)
 
 
 if __name__ == "__main__":

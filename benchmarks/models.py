@@ -2,7 +2,7 @@
 
     python -m benchmarks.models                                every model; about eight minutes on two quiet cores
     python -m benchmarks.models --only FFVT,overlapping --sizes 224,448 --batch-size 4
-    python -m benchmarks.models --device cuda --precision bf16 --sizes 448 --batch-size 32 --compile --json out.json
+    python -m benchmarks.models --device cuda --precision bf16 --sizes 448 --batch-size 32 --compile
 
 Each model stands below its floor, which is a plain timm ViT of the same tokens, dropout and optimizer (its own
 backbone, run as timm runs it), and above its direct formulation (benchmarks.direct): the published equations with
@@ -34,16 +34,15 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report
 from benchmarks.direct import DIRECT
-from common import dist
-from common.amp import Precision
-from common.engine import logits_of
+from common.cli import parse
 from common.errors import UserError
-from common.models import GFT, TransFG
-from common.provenance import device_name
-from common.recipe import parse
+from common.train import distributed
+from common.train.loop import logits_of
+from common.train.precision import Precision
+from common.train.record import device_name
 from ffvt.model import CONFIGS, FFVT
+from gft import GFT, TransFG
 from glsim.model_utils.config import ViTConfig
 from glsim.model_utils.glsim import ViTGLSim
 from glsim.model_utils.timm_glsim import GLSimTimm
@@ -69,7 +68,6 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # arithmetic
     compile: bool = False  # torch.compile the models (not their direct formulations)
-    json: str | None = None  # also write the figures to this file
 
 
 @dataclass(frozen=True)
@@ -353,7 +351,7 @@ def _row(title: str, figures: dict[str, Any], floor: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    recipe, options, *_ = parse(Recipe, Options, __doc__ or "")
+    recipe, options, _ = parse(Recipe, Options, __doc__ or "")
     sizes = [int(size) for size in recipe.sizes.split(",") if size]
     words = recipe.only.split(",")
     every = tuple(rival.name for rival in RIVALS)
@@ -366,7 +364,7 @@ def main() -> None:
     if not any(rivals for *_, rivals in parts):
         raise SystemExit(f"--only {recipe.only}: expected a part of {', '.join(every)}")
     try:
-        device = dist.choose_device(options.device, dist.Launch())
+        device = distributed.choose_device(options.device, distributed.Launch())
     except UserError as error:
         raise SystemExit(str(error)) from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
@@ -374,17 +372,13 @@ def main() -> None:
     peak = matmul_peak(device, options.precision)
     how = "compiled" if options.compile else "eager"
     print(f"{device_name(device)}, {options.precision}, {how}, matrix product {peak / 1e9:,.0f} GFLOP/s")
-    groups = []
     for size, batch_size, turns, rivals in parts:
         setting = Setting(size, batch_size, recipe.num_classes, device, precision)
         head = f"{'train s':>9}{'ratio':>7}{'img/s':>8}{'GB':>7}{'ratio':>7}{'peak %':>7}"
         for floor in dict.fromkeys(rival.floor for rival in rivals):
             standing = [rival for rival in rivals if rival.floor == floor]
             print(f"\n{f'{size} px, batch {batch_size}':28}{head}{head.replace('train', ' eval')}", flush=True)
-            groups.append(measure(standing, setting, turns, options.compile, peak))
-            print(show(groups[-1]), flush=True)
-    about = {"device": device_name(device), "precision": options.precision, "compiled": options.compile}
-    report.write(options.json, "models", {"groups": groups}, recipe=recipe, **about, matmul_flops=peak)
+            print(show(measure(standing, setting, turns, options.compile, peak)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import npz
 from common.errors import UserError
+from common.models.authors_names import Entry, ReleasedNames
 from common.models.google_vit import build_google_vit
-from common.models.released import check_shapes
 from common.models.vit import embed, run_block, select_tokens
-from ffvt.released import from_released, to_released
+from common.weights import LoadReport, load_npz
+from ffvt.authors_names import layout
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _run_and_pick(block: Block, tokens: Tensor, num_token: int) -> tuple[Tensor,
     return tokens, select_tokens(tokens, indices), indices
 
 
-class FFVT(nn.Module):
+class FFVT(ReleasedNames):
     """ViT whose last block sees CLS and the `num_token` tokens that MAWS picks from the output of each other block.
 
     All parameters are those of a timm ViT, `base_model`: with `feature_fusion` its last block and its norm are the
@@ -93,6 +93,8 @@ class FFVT(nn.Module):
     Raises UserError where `img_size` (pixels, or (height, width)) is no multiple of the patch size, and where there
     are fewer patches than `num_token`.
     """
+
+    theirs = "transformer."
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class FFVT(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.base_model.head
 
-    def load_npz(self, path: str | Path, zero_head: bool = True) -> npz.LoadReport:
+    def load_npz(self, path: str | Path, zero_head: bool = True) -> LoadReport:
         """Load a Google ViT checkpoint in place, as the released loader does; report names of `state_dict()`.
 
         With feature fusion the file's last block and norm are left out: the fusion layer keeps its initialisation.
@@ -174,35 +176,22 @@ class FFVT(nn.Module):
         """
         fusion = (f"blocks.{len(self.base_model.blocks) - 1}.", "norm.") if self.feature_fusion else ()
         leave, need = ((*fusion, "head."), ()) if zero_head else (fusion, ("head.weight", "head.bias"))
-        report = npz.load_npz(self.base_model, path, leave, need)
+        report = load_npz(self.base_model, path, leave, need)
         if zero_head:
             for parameter in self.base_model.head.parameters():
                 nn.init.zeros_(parameter)
         loaded, left = (tuple(f"base_model.{key}" for key in keys) for keys in (report.loaded, report.left))
-        return npz.LoadReport(loaded, left)
+        return LoadReport(loaded, left)
 
-    def from_released(self, state_dict: Mapping[str, Tensor], source: object = "the checkpoint") -> dict[str, Tensor]:
-        """Return the authors' state_dict in this model's names; one that is in these already comes back unchanged.
+    def _layout(self) -> list[Entry]:
+        return list(layout(self.state_dict(), self.feature_fusion))
 
-        Raises UserError, naming `source`, where entries are missing or unknown, or those of a model with (or without)
-        feature fusion. Shapes are left to the caller.
-        """
-        if not any(key.startswith("transformer.") for key in state_dict):
-            return dict(state_dict)
-        return from_released(state_dict, self.state_dict(), self.feature_fusion, source)
-
-    def load_released(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the authors' state_dict (`{name}_checkpoint.bin`) in place.
-
-        Raises UserError where an entry is missing, unknown or of another shape; the model is then unchanged.
-        """
-        converted = from_released(state_dict, self.state_dict(), self.feature_fusion)
-        check_shapes(state_dict, self.released_state_dict(), "the checkpoint")
-        self.load_state_dict(converted)
-
-    def released_state_dict(self) -> dict[str, Tensor]:
-        """Return the state_dict under the authors' names, in their order: what `load_released` reads."""
-        return to_released(self.state_dict(), self.feature_fusion)
+    def _converted(self, state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+        fused = any(key.startswith("transformer.encoder.ff_last_layer.") for key in state)
+        if fused != self.feature_fusion and any(key.startswith("transformer.encoder.") for key in state):
+            how, do = ("with", "add") if fused else ("without", "leave out")
+            raise UserError(f"{source} is of a model {how} feature fusion: {do} --feature_fusion")
+        return super()._converted(state, source)
 
 
 def _build_vit(config: Config, img_size: int | tuple[int, int], num_classes: int) -> VisionTransformer:

@@ -13,9 +13,9 @@ curves to logs/{name}, the run's own files and its record to runs/ffvt-{name}/<t
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +27,22 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import dist
-from common.amp import Precision
-from common.data import Data
-from common.data.loader import Order, shuffled
+from common.cli import Flags, Options, parse
+from common.data import Data, facts
+from common.data.batches import Order, seed_everything, shuffled
+from common.data.resized import check_resized
 from common.errors import UserError
-from common.experiment import Experiment, Options
-from common.files import write_atomically
-from common.log import Listener, say
-from common.run import start
-from common.session import Session
+from common.files import make_ready, write_atomically
+from common.predict import answer, asked, of_data
+from common.run import fetch
+from common.train.checkpoint import make_state
+from common.train.distributed import explained, is_main, main_first, size, start
+from common.train.log import say
+from common.train.loop import evaluation_due, fit, plan_batches, training
+from common.train.model import check_classes, place, starting_model, trained_model
+from common.train.precision import Precision
+from common.train.record import finish, introduce, measure, other_data, write_record
+from common.train.run_folder import Checkpoint, Run, check_data, choose_seed, find_checkpoint, new_folder, resume
 from common.weights import read_state_dict
 from ffvt.data import read, transforms
 from ffvt.model import CONFIGS, FFVT
@@ -88,15 +94,7 @@ class Recipe:
     @property
     def batch_size(self) -> int:
         """Images per optimizer step, over all processes."""
-        return self.train_batch_size * dist.size()
-
-    @property
-    def steps(self) -> int:
-        return self.num_steps
-
-    @property
-    def evaluate_every(self) -> int:
-        return self.eval_every
+        return self.train_batch_size * size()
 
 
 # The README's four commands, less what the flags have as default, with the batch of all four processes together.
@@ -123,7 +121,7 @@ def build(recipe: Recipe, num_classes: int) -> FFVT:
 
 
 def optimize(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> tuple[SGD, LambdaLR]:
-    optimizer = SGD(parameters, lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
+    optimizer = SGD(parameters, lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
 
     def factor(step: int) -> float:
         return rate_factor(step, recipe.warmup_steps, recipe.num_steps, recipe.decay_type)
@@ -146,180 +144,187 @@ def objective(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor,
     return loss, logits
 
 
-class ReleasedFiles(Listener):
-    """The files that the released program writes: {output_dir}/{name}_checkpoint.bin and curves in logs/{name}."""
-
-    def __init__(self, recipe: Recipe, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and --help does without
-
-        self.checkpoint = Path(recipe.output_dir) / f"{recipe.name}_checkpoint.bin"
-        self.files = (self.checkpoint,)
-        self.curves = Path("logs") / recipe.name
-        with self._explain(self.checkpoint.parent):
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        with self._explain(self.curves):
-            self.board = SummaryWriter(str(self.curves), purge_step=step + 1)
-        say(f"best checkpoint: {self.checkpoint}, curves: {self.curves}")
-
-    @staticmethod
-    @contextmanager
-    def _explain(path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): see --output_dir and --name") from error
-
-    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        tags = {"loss": "train/loss", "lr": "train/lr"} if kind == "train" else {"top1": "test/accuracy"}
-        with self._explain(self.curves):
-            for name, tag in tags.items():
-                self.board.add_scalar(tag, values[name], step)
-
-    def best(self, model: nn.Module, entry: dict[str, Any]) -> None:
-        assert isinstance(model, FFVT)
-        tensors = {name: tensor.cpu() for name, tensor in model.released_state_dict().items()}
-        write_atomically(self.checkpoint, lambda file: torch.save(tensors, file))
-
-    def flush(self) -> None:
-        with self._explain(self.curves):
-            self.board.flush()
-
-    def close(self) -> None:
-        with self._explain(self.curves):
-            self.board.close()
-
-
-class FFVTExperiment(Experiment):
-    """What this program's command line has of its own."""
-
-    @property
-    def script(self) -> str:
-        return "ffvt/train.py"
-
-    @property
-    def name(self) -> str:
-        return "ffvt"
-
-    def folder(self, recipe: Recipe) -> str:
-        if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:
+def main(argv: list[str] | None = None) -> None:
+    """The program, from the command line to record.json."""
+    with explained("ffvt/train.py"):
+        recipe, options, given = parse(
+            Recipe, Options, __doc__ or "", argv, flag=FLAG, without=OF_THE_RECIPE, may_be_zero=MAY_BE_ZERO
+        )
+        if Path(recipe.name).name != recipe.name or recipe.name in ("", ".."):
             raise UserError(f"--name {recipe.name}: expected a name that can be part of a file's name")
-        return f"ffvt-{recipe.name}"
+        runs, device = Path(options.output) / f"ffvt-{recipe.name}", start(options)
+        run = Run("ffvt", "ffvt/train.py", runs, recipe, options, given, FLAG, device)
+        if options.demo:
+            use_demo(run)
+        checkpoint = find_checkpoint(run) if asked(options) else None  # with the recipe that it says
+        if options.resume:
+            resume(run, places=("data_root", "output_dir"))  # its folder, recipe, options and seed
+        settle_options(run)
+        recipe, options, run.batch_size, run.row = run.recipe, run.options, run.recipe.batch_size, row(run.recipe)
+        run.precision = make_precision(recipe, options, device)
+        bare = partial(build, recipe)
 
-    def row(self, recipe: Recipe) -> str | None:
-        if recipe.dataset not in PUBLISHED:
-            return None
-        return f"ffvt_{recipe.dataset.lower()}" + ("" if recipe.feature_fusion else "_vit")
+        def read_data() -> Data:
+            with main_first():
+                fetch(recipe.dataset.lower(), recipe.data_root, options)
+                found = data(recipe).limited(options.limit)
+            check_resized(found)
+            return found
 
-    def data_set(self, recipe: Recipe) -> str:
-        return recipe.dataset.lower()
-
-    def demo_changes(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        """The README's commands run as demos too: a small model for any image size, which no file fits."""
-        if overrides.pop("pretrained_dir", "none") != "none":
-            say("note: the demo's small model starts from random weights, --pretrained_dir is not read")
-        img_size = overrides.get("img_size", self.demo["img_size"])
-        grid = max(side for side in range(1, 8) if img_size % side == 0)
-        patches = {"patch_size": img_size // grid, "resnet_layers": None}
-        return self.demo | {"model_kwargs": self.demo["model_kwargs"] | patches}
-
-    def options(self, recipe: Recipe, options: Options, device: torch.device, chosen: Collection[str]) -> Options:
-        accumulate, precision = recipe.gradient_accumulation_steps, options.precision
-        if recipe.fp16 and recipe.fp16_opt_level != "O0":
-            if "precision" not in chosen:
-                precision = "fp16" if device.type != "cpu" else "fp32"
-            elif "fp16" in chosen and precision != "fp16":  # else it is the run's, of which another may be asked
-                raise UserError(f"--fp16 and --precision {precision} exclude each other")
-        return replace(options, accumulate=accumulate, eval_batch_size=recipe.eval_batch_size, precision=precision)
-
-    def precision(self, recipe: Recipe, options: Options, device: torch.device) -> Precision:
-        level, scale = recipe.fp16_opt_level, recipe.loss_scale
-        if options.precision == "fp16" and level == "O3" and options.amp_backend == "native":
-            raise UserError("--fp16_opt_level O3, fp16 throughout, exists in apex alone: use O1 or O2")
-        if scale and math.frexp(scale)[0] != 0.5:
-            raise UserError(f"--loss_scale {scale:g}: expected 0 (dynamic) or a positive power of 2")
-        return Precision(options.precision, device, options.amp_backend, level, FIRST_LOSS_SCALE, scale)
-
-    def order(self, recipe: Recipe, count: int, seed: int) -> Order:
-        if not recipe.released:
-            return shuffled(count, seed)
-        # The released code never tells its DistributedSampler the epoch, and leaves its seed at 0.
-        fixed = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-        return lambda epoch: fixed
-
-    def max_norm(self, recipe: Recipe) -> float | None:
-        return recipe.max_grad_norm
-
-    def alterations(self, recipe: Recipe, trained: bool) -> list[str]:
-        if recipe.dataset not in PUBLISHED:
-            return []
-        names = (*MODEL_FIELDS, *TRAINING_FIELDS) if trained else MODEL_FIELDS
-        wanted = vars(Recipe("")) | PUBLISHED[recipe.dataset]
-        if not recipe.feature_fusion:
-            wanted["num_token"] = recipe.num_token  # which nothing uses
-        used = {name: getattr(recipe, name) for name in names}
-        changes = [f"{name} {wanted[name]} -> {value}" for name, value in used.items() if value != wanted[name]]
-        file = Path(recipe.pretrained_dir).name
-        if trained and file.replace("R50+", "R50-") != f"{recipe.model_type}.npz":
-            changes.append(f"pretrained_dir {recipe.model_type}.npz -> {file}")
-        return changes
-
-    def advice(self, recipe: Recipe, options: Options, device: torch.device) -> list[str]:
-        sentences = []
-        if recipe.fp16 and options.precision == "fp32" and device.type == "cpu":
-            sentences.append(
-                "note: --fp16 is for a GPU; a CPU, which would take many times longer in fp16, computes in fp32"
-            )
-        dogs = PUBLISHED["dog"]
-        batch = PUBLISHED.get(recipe.dataset, {}).get("batch_size", recipe.batch_size)
-        if recipe.dataset == "CUB" and all(getattr(recipe, name) == dogs[name] for name in ("num_token", "decay_type")):
-            sentences.append(
-                "note: these are the settings of the README's Dogs command, which says --dataset CUB by mistake: this "
-                "run trains on CUB; for Stanford Dogs say --dataset dog"
-            )
-        elif recipe.batch_size != batch and not options.demo:
-            same = f"; --train_batch_size {batch // dist.size()} would be the same, with --gradient_accumulation_steps "
-            sentences.append(
-                f"note: the published batch is {batch} images over all processes, this run's is {recipe.batch_size}"
-                + ("" if batch % dist.size() else same + "where memory is short")
-            )
-        return sentences
-
-    def without_data(self, recipe: Recipe, checkpoint: Path, why: str) -> tuple[list[str], Any]:
-        """The classifier says how many classes there are."""
-        say(f"note: classes are numbered from 1, because their names are in the data set ({why})")
-        state = read_state_dict(checkpoint)
-        count = next((len(value) for key, value in state.items() if key.endswith("head.bias")), 0)
-        classes = [str(number) for number in range(1, count + 1)]
-        return classes, transforms(recipe.dataset, recipe.img_size, recipe.resize_size)[1]
-
-    def listener(self, session: Session, step: int) -> Listener:
-        return ReleasedFiles(session.recipe, step)
+        if checkpoint is not None and not options.eval:
+            answer(run, checkpoint, bare, partial(classes_and_transform, run, checkpoint, read_data))
+            return
+        run.data = read_data()
+        counted = other_data(run, facts(recipe.dataset).counts)
+        run.excluded += [] if options.demo else [*altered(recipe, trained=checkpoint is None), *counted]
+        if checkpoint is not None:
+            check_classes(checkpoint, run.data)
+            model = place(run, trained_model(run, bare, checkpoint, run.data.classes))
+            write_record(run, model, "evaluated", *measure(run, model))
+            return
+        check_data(run)
+        choose_seed(run)
+        plan = plan_batches(run, order(recipe, len(run.data.train), run.seed))
+        seed_everything(run.seed)
+        model = starting_model(run, partial(build, recipe, len(run.data.classes)), recipe.weights, fetches=False)
+        model = place(run, model)
+        new_folder(run)
+        optimizer, scheduler = optimize(recipe, [p for p in model.parameters() if p.requires_grad])
+        state = make_state(run, model, optimizer, scheduler)
+        steps, every = recipe.num_steps, recipe.eval_every
+        released = Path(recipe.output_dir) / f"{recipe.name}_checkpoint.bin"
+        with training(run, state, evaluation_due(state, steps, every), {Path("logs") / recipe.name: CURVES}) as stop:
+            if is_main():
+                make_ready(released, ours=state.best is not None)
+            advise(run)
+            introduce(run, plan, steps, optimizer)
+            say(f"best checkpoint: {released}, curves: {Path('logs') / recipe.name}")
+            how: dict[str, Any] = dict(objective=objective, clip_grad=recipe.max_grad_norm, schedule_per="step")
+            on_best = partial(write_released, released, state.model)
+            fit(run, state, plan, stop, steps=steps, evaluate_every=every, on_best=on_best, **how)
+            finish(run, state, stop)
 
 
-EXPERIMENT = FFVTExperiment(
-    Recipe,
-    data,
-    build,
-    optimize,
-    dataset="",
-    demo=dict(
-        **dict(img_size=16, resize_size=16, train_batch_size=32, num_steps=1200, eval_every=300),
-        **dict(warmup_steps=100, learning_rate=0.1, num_token=4),
-        model_kwargs=dict(hidden_size=64, mlp_dim=128, num_heads=4, num_layers=4, dropout=0.0),
-    ),
-    schedule_per="step",
-    objective=objective,
-    separator="_",
-    has_pretrained=False,
-    places=("data_root", "output_dir"),
-    names={
-        "weights": "pretrained_dir",
-        "batch_size": "train_batch_size",
-        "eval_batch_size": "eval_batch_size",
-        "accumulate": "gradient_accumulation_steps",
-    },
-    may_be_zero=frozenset({"seed", "weight_decay", "warmup_steps", "loss_scale", "smoothing_value"}),
+OF_THE_RECIPE = ("accumulate", "eval_batch_size")  # options that are fields of the recipe here
+FLAG = Flags(
+    "_",
+    {"weights": "pretrained_dir", "batch_size": "train_batch_size", "accumulate": "gradient_accumulation_steps"},
 )
+MAY_BE_ZERO = ("seed", "weight_decay", "warmup_steps", "loss_scale", "smoothing_value", "workers")
+CURVES = {"train/loss": "train/loss", "train/lr": "train/lr", "val/top1": "test/accuracy"}  # ours -> the released tags
+
+
+def row(recipe: Recipe) -> str | None:
+    """The row of the paper's table."""
+    if recipe.dataset not in PUBLISHED:
+        return None
+    return f"ffvt_{recipe.dataset.lower()}" + ("" if recipe.feature_fusion else "_vit")
+
+
+def use_demo(run: Run) -> None:
+    """The README's commands run as demos too: a small model for any image size, which no file fits."""
+    if run.given.pop("pretrained_dir", "none") != "none":
+        say("note: the demo's small model starts from random weights, --pretrained_dir is not read")
+    img_size = run.given.get("img_size", 16)
+    patch_size = img_size // max(side for side in range(1, 8) if img_size % side == 0)
+    sizes = dict(hidden_size=64, mlp_dim=128, num_heads=4, num_layers=4, dropout=0.0, patch_size=patch_size)
+    small: dict[str, Any] = dict(
+        data_root=str(Path(run.options.output) / "demo-data"),
+        pretrained_dir="none",
+        img_size=16,
+        resize_size=16,
+        train_batch_size=32,
+        num_steps=1200,
+        eval_every=300,
+        warmup_steps=100,
+        learning_rate=0.1,
+        num_token=4,
+        model_kwargs={**sizes, "resnet_layers": None},
+    )
+    run.recipe = replace(run.recipe, **(small | run.typed))
+
+
+def settle_options(run: Run) -> None:
+    """Those that the recipe says; a resumed run keeps its precision."""
+    recipe, precision = run.recipe, run.options.precision
+    if recipe.fp16 and recipe.fp16_opt_level != "O0" and not run.resumed:
+        if "precision" not in run.given:
+            precision = "fp16" if run.device.type != "cpu" else "fp32"
+        elif "fp16" in run.given and precision != "fp16":  # else it is the checkpoint's, of which another may be asked
+            raise UserError(f"--fp16 and --precision {precision} exclude each other")
+    accumulate, eval_batch_size = recipe.gradient_accumulation_steps, recipe.eval_batch_size
+    run.options = replace(run.options, accumulate=accumulate, eval_batch_size=eval_batch_size, precision=precision)
+
+
+def make_precision(recipe: Recipe, options: Options, device: torch.device) -> Precision:
+    level, scale = recipe.fp16_opt_level, recipe.loss_scale
+    if options.precision == "fp16" and level == "O3" and options.amp_backend == "native":
+        raise UserError("--fp16_opt_level O3, fp16 throughout, exists in apex alone: use O1 or O2")
+    if scale and math.frexp(scale)[0] != 0.5:
+        raise UserError(f"--loss_scale {scale:g}: expected 0 (dynamic) or a positive power of 2")
+    return Precision(options.precision, device, options.amp_backend, level, FIRST_LOSS_SCALE, scale)
+
+
+def order(recipe: Recipe, count: int, seed: int) -> Order:
+    """The order of the training images. The released code never tells its sampler the epoch; its seed is 0."""
+    if not recipe.released:
+        return shuffled(count, seed)
+    fixed = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return lambda epoch: fixed
+
+
+def altered(recipe: Recipe, trained: bool) -> list[str]:
+    """How the recipe differs from the published one (`trained`: in training too): such runs never count."""
+    if recipe.dataset not in PUBLISHED:
+        return []
+    names = (*MODEL_FIELDS, *TRAINING_FIELDS) if trained else MODEL_FIELDS
+    wanted = vars(Recipe("")) | PUBLISHED[recipe.dataset]
+    if not recipe.feature_fusion:
+        wanted["num_token"] = recipe.num_token  # which nothing uses
+    used = {name: getattr(recipe, name) for name in names}
+    changes = [f"altered: {name} {wanted[name]} -> {value}" for name, value in used.items() if value != wanted[name]]
+    file = Path(recipe.pretrained_dir).name
+    if trained and file.replace("R50+", "R50-") != f"{recipe.model_type}.npz":
+        changes.append(f"altered: pretrained_dir {recipe.model_type}.npz -> {file}")
+    return changes
+
+
+def advise(run: Run) -> None:
+    """Says what is easily overlooked."""
+    recipe, dogs = run.recipe, PUBLISHED["dog"]
+    if recipe.fp16 and run.options.precision == "fp32" and run.device.type == "cpu":
+        say("note: --fp16 is for a GPU; a CPU, which would take many times longer in fp16, computes in fp32")
+    batch = PUBLISHED.get(recipe.dataset, {}).get("batch_size", run.batch_size)
+    if recipe.dataset == "CUB" and all(getattr(recipe, name) == dogs[name] for name in ("num_token", "decay_type")):
+        say(
+            "note: these are the settings of the README's Dogs command, which says --dataset CUB by mistake: this run "
+            "trains on CUB; for Stanford Dogs say --dataset dog"
+        )
+    elif run.batch_size != batch and not run.options.demo:
+        same = f"; --train_batch_size {batch // size()} would be the same, with --gradient_accumulation_steps "
+        say(
+            f"note: the published batch is {batch} images over all processes, this run's is {run.batch_size}"
+            + ("" if batch % size() else same + "where memory is short")
+        )
+
+
+def write_released(path: Path, model: Any, _: dict[str, Any]) -> None:
+    """The best checkpoint in the authors' layout."""
+    tensors = {name: tensor.cpu() for name, tensor in model.released_state_dict().items()}
+    write_atomically(path, lambda file: torch.save(tensors, file))
+
+
+def classes_and_transform(run: Run, checkpoint: Checkpoint, read_data: Any) -> tuple[list[str], Any]:
+    """Of a bare checkpoint. Without its data set the classifier says how many classes there are."""
+    try:
+        return of_data(read_data())
+    except UserError as why:
+        say(f"note: classes are numbered from 1, because their names are in the data set ({why})")
+    weights = read_state_dict(checkpoint.path)
+    count = next((len(value) for key, value in weights.items() if key.endswith("head.bias")), 0)
+    recipe = run.recipe
+    return [str(n) for n in range(1, count + 1)], transforms(recipe.dataset, recipe.img_size, recipe.resize_size)[1]
+
 
 if __name__ == "__main__":
-    start(EXPERIMENT)
+    main()

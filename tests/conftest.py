@@ -14,7 +14,7 @@ import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-LONG = ("contract", "test_export.py", "test_placement.py", "test_benchmarks.py")
+LONG = ("contract", "test_export.py", "test_benchmarks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,18 +1,13 @@
-"""benchmarks.models and benchmarks.scaling: what they measure, on models that take no time."""
-
-import json
-import sys
-from pathlib import Path
+"""What the benchmarks measure, on models that take no time."""
 
 import pytest
 import timm
 import torch
-from scripts import ROOT, run_program
 from torch import nn
 
 from benchmarks.models import PLAN, RIVALS, Rival, Setting, measure, operations_of, show
-from common.amp import Precision
-from common.models import GFT
+from common.train.precision import Precision
+from gft import GFT
 
 BACKBONE = "vit_tiny_patch16_224"
 TINY = {"embed_dim": 48, "num_heads": 3, "depth": 9}
@@ -52,19 +47,3 @@ def test_a_group_is_a_floor_with_the_models_that_stand_on_it() -> None:
 
 def test_the_plan_names_every_model() -> None:
     assert {name for *_, names in PLAN for name in names} == {rival.name for rival in RIVALS}
-
-
-def test_scaling_takes_input_and_collectives_apart(tmp_path: Path) -> None:
-    words = ["--processes", "2", "--model", BACKBONE, "--img-size", "32", "--steps", "2", "--workers", "0"]
-    program = [sys.executable, "-m", "benchmarks.scaling", *words, "--json", str(tmp_path / "s.json")]
-    done = run_program(program, ROOT)
-    assert done.status == 0, done.err
-    (line,) = json.loads((tmp_path / "s.json").read_text())["lines"]
-    assert line["processes"] == 2
-    assert set(line["seconds"]) == {"whole", "no input", "alone"}
-    assert line["images_per_s"] == pytest.approx(2 * 4 / line["seconds"]["whole"])
-    assert 0 <= line["input"] <= 1
-    assert 0 <= line["collectives"] <= 1
-    model = timm.create_model(BACKBONE, num_classes=200, img_size=32)
-    assert line["gradient_bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert done.out.splitlines()[-1].split()[0] == "2"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import direct
-from common.models import GFT, TransFG
 from ffvt.model import FFVT
 from ffvt.model import Config as FFVTConfig
+from gft import GFT, TransFG
 from glsim.model_utils.config import ViTConfig
 from glsim.model_utils.glsim import ViTGLSim
 from glsim.model_utils.transfg import Config as TransFGConfig

@@ -2,33 +2,29 @@
 
 import argparse
 import hashlib
-import os
-import pickle
 import time
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub.constants as hub
 import pytest
 import timm
 import torch
 from formula import fill_npz, fill_state_dict, tiny_vit, vit_spec
+from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import weights
 from common.errors import UserError
-from common.npz import google_to_timm, read_npz, resize_position_embedding
 from common.weights import (
     explain_offline,
+    load,
     load_checkpoint,
     load_weights,
     pretrained_report,
-    read_pickle,
+    read_file,
     read_state_dict,
     sha256_of,
 )
+from common.weights.google_npz import google_to_timm, read_npz, resize_position_embedding
 
 
 class Wrapper(nn.Module):
@@ -77,14 +73,9 @@ def test_a_saved_state_dict_comes_back(tmp_path: Path, name: str) -> None:
 def test_the_usual_wrappings_are_taken_off(tmp_path: Path) -> None:
     state = tiny_vit().state_dict()
     parallel = {f"module.{key}": value for key, value in state.items()}
-    for content in ({"state_dict": state, "epoch": 3}, {"model": state}, parallel, {"model": OrderedDict(parallel)}):
+    for content in ({"state_dict": state, "epoch": 3}, {"model": state}, parallel, {"model": parallel}):
         torch.save(content, tmp_path / "a.pth")
         assert same(read_state_dict(tmp_path / "a.pth"), state)
-
-
-def test_a_prefix_of_only_some_keys_is_kept(tmp_path: Path) -> None:
-    state = {"module.a": torch.ones(1), "b": torch.ones(1)}
-    assert same(read_state_dict(save(tmp_path / "a.pth", state)), state)
 
 
 def test_a_run_folder_means_its_best_weights(tmp_path: Path) -> None:
@@ -93,49 +84,23 @@ def test_a_run_folder_means_its_best_weights(tmp_path: Path) -> None:
     assert same(read_state_dict(tmp_path), state)
 
 
-class Harmful:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def test_pickled_objects_are_refused_and_not_executed(tmp_path: Path) -> None:
-    trace = tmp_path / "executed"
-    pickle.loads(pickle.dumps(Harmful(trace)))
-    trace.unlink()  # it is harmful indeed
-    for content in (Harmful(trace), {"state_dict": {"a": torch.ones(1)}, "extra": Harmful(trace)}):
-        torch.save(content, tmp_path / "bad.pth")
-        with pytest.raises(UserError, match=r"bad\.pth holds a pickled __builtin__\.getattr besides tensors"):
-            read_state_dict(tmp_path / "bad.pth")
-    for extra in (os.getcwd, argparse.Namespace(inside=os.getcwd)):
-        torch.save({"model": {"a": torch.ones(1)}, "config": extra}, tmp_path / "args.pth")
-        with pytest.raises(UserError, match=r"args\.pth holds a pickled \w+\.getcwd besides tensors"):
-            read_state_dict(tmp_path / "args.pth")
-    assert not trace.exists()
-
-
 def test_the_namespace_of_released_checkpoints_is_read(tmp_path: Path) -> None:
     config = argparse.Namespace(image_size=224, opt_betas=None)
     torch.save({"config": config, "model": {"model.a": torch.ones(1)}}, tmp_path / "released.pth")
-    assert read_pickle(tmp_path / "released.pth")["config"] == config
+    assert read_file(tmp_path / "released.pth")["config"] == config
     assert read_state_dict(tmp_path / "released.pth").keys() == {"a"}
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("length", [0, 7, 3000, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, length: int) -> None:
-    path = save(tmp_path / f"cut{suffix}", tiny_vit().state_dict())
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
+@pytest.mark.parametrize("length", [0, 3000, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str, length: int) -> None:
+    path = save(tmp_path / name, tiny_vit().state_dict())
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=rf"cut{suffix} is damaged or no .*copy it again") as caught:
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         read_state_dict(path)
-    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [{}, {"a": 1}, [torch.ones(1)], {"model": {}}, {1: torch.ones(1)}, 5])
+@pytest.mark.parametrize("content", [{}, {"a": 1}, [torch.ones(1)], {"model": {}}, 5])
 def test_a_file_without_parameters_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth holds no parameters"):
@@ -143,18 +108,10 @@ def test_a_file_without_parameters_is_refused(tmp_path: Path, content: object) -
 
 
 def test_what_is_not_there_or_unknown_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.pth does not exist: expected a weights file or a run folder"):
-        read_state_dict(tmp_path / "none.pth")
-    with pytest.raises(UserError, match=r"best\.safetensors does not exist: expected a run folder"):
-        read_state_dict(tmp_path)
     (tmp_path / "a.onnx").touch()
-    with pytest.raises(UserError, match=r"a\.onnx has an unknown ending: expected \.safetensors"):
-        read_state_dict(tmp_path / "a.onnx")
-
-
-def test_sha256(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
-    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"content").hexdigest()
+    for path, named in (("none.pth", r"none\.pth"), ("", r"best\.safetensors"), ("a.onnx", r"a\.onnx")):
+        with pytest.raises(UserError, match=named):
+            read_state_dict(tmp_path / path)
 
 
 # Strict loading
@@ -182,21 +139,13 @@ def one_less(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
 def bad_checkpoints() -> dict[str, tuple[dict[str, Tensor], str]]:
     state = Wrapper().state_dict()
     return {
-        "classes": (Wrapper(num_classes=7).state_dict(), "was trained for 7 classes, but this model has 5"),
-        "missing": (
-            one_less(state, "part.bias"),
-            "bad.pth lacks part.bias: it belongs to another model than this Wrapper",
-        ),
-        "unknown": (state | {"extra.weight": torch.ones(1)}, "bad.pth holds the unknown extra.weight"),
-        "shape": (state | {"part.bias": torch.ones(3)}, r"bad.pth has part.bias \(3,\) instead of \(48,\)"),
-        "grid": (
-            Wrapper(img_size=96).state_dict(),
-            "trained at another image size: it has 37 positions, this model has 17",
-        ),
-        "other": (
-            tiny_vit().state_dict(),
-            "lacks base_model.cls_token, .* and holds the unknown cls_token, .* more",
-        ),
+        "classes": (Wrapper(num_classes=7).state_dict(), "trained for 7 classes, not 5"),
+        "missing": (one_less(state, "part.bias"), "lacks part.bias: it belongs to another model than this Wrapper"),
+        "unknown": (state | {"extra.weight": torch.ones(1)}, "holds the unknown extra.weight"),
+        "shape": (state | {"part.bias": torch.ones(3)}, r"has part.bias \(3,\) instead of \(48,\)"),
+        "grid": (Wrapper(img_size=96).state_dict(), r"\(1, 37, 48\) instead of \(1, 17, 48\): .* image size"),
+        "other": (tiny_vit().state_dict(), "lacks base_model.cls_token, .* and holds the unknown cls_token"),
+        "diverged": (state | {"part.bias": torch.full((48,), torch.nan)}, "part.bias holds NaN"),
     }
 
 
@@ -205,20 +154,8 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing_and_says_why(tmp_path: P
     state, sentence = bad_checkpoints()[case]
     model = Wrapper()
     before = copy_of(model)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=rf"bad\.pth.*{sentence}"):
         load_checkpoint(model, save(tmp_path / "bad.pth", state))
-    assert same(model.state_dict(), before)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("load", [load_checkpoint, load_weights])
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, load: Any, value: float) -> None:
-    state = filled(Wrapper()).state_dict()
-    state["part.weight"][3, 4:6] = value
-    model = Wrapper()
-    before = copy_of(model)
-    with pytest.raises(UserError, match=r"bad\.pth.*: 2 of the 2304 numbers of part\.weight are NaN or infinite"):
-        load(model, save(tmp_path / "bad.pth", state))
     assert same(model.state_dict(), before)
 
 
@@ -238,8 +175,8 @@ def test_npz_into_a_timm_model(npz_file: Path) -> None:
     report = load_weights(model, str(npz_file))
     left = ["head.weight", "head.bias"]
     assert report == {"source": "tiny.npz", "sha256": sha256_of(npz_file), "left": left}
-    expected = google_to_timm(read_npz(npz_file), head=False)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+    expected = google_to_timm(read_npz(npz_file))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items() if key not in left)
     assert torch.equal(model.head.weight, head)
 
 
@@ -247,7 +184,8 @@ def test_npz_goes_into_the_backbone_of_a_wrapper(npz_file: Path) -> None:
     model = Wrapper(img_size=96)
     before = copy_of(model)
     assert load_weights(model, npz_file)["left"] == OWN
-    expected = google_to_timm(read_npz(npz_file), grid=6)
+    expected = google_to_timm(read_npz(npz_file))
+    expected["pos_embed"] = resize_position_embedding(expected["pos_embed"], (6, 6))
     assert same(model.base_model.state_dict(), expected)
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in OWN)
 
@@ -259,16 +197,10 @@ def test_a_timm_backbone_at_another_size_and_class_count(tmp_path: Path, suffix:
     sha256, left = hashlib.sha256(path.read_bytes()).hexdigest(), ["head.weight", "head.bias"]
     assert load_weights(model, path) == {"source": path.name, "sha256": sha256, "left": left}
     expected = saved.state_dict()
-    expected["pos_embed"] = resize_position_embedding(expected["pos_embed"], 6)
+    expected["pos_embed"] = resize_position_embedding(expected["pos_embed"], (6, 6))
     for key in set(expected) - {"head.weight", "head.bias"}:
         assert torch.equal(model.state_dict()[key], expected[key]), key
     assert torch.equal(model.head.weight, tiny_vit(img_size=96, num_classes=5).head.weight)  # as it was initialised
-
-
-def test_a_timm_backbone_goes_into_a_wrapper(tmp_path: Path) -> None:
-    saved, model = filled(tiny_vit()), Wrapper()
-    assert load_weights(model, save(tmp_path / "a.pth", saved.state_dict()))["left"] == OWN
-    assert same(model.base_model.state_dict(), saved.state_dict())
 
 
 def test_a_whole_wrapper_starts_another_data_set(tmp_path: Path) -> None:
@@ -290,25 +222,12 @@ def test_the_classifier_of_any_timm_model_is_left_and_nothing_else(tmp_path: Pat
     assert load_weights(other, path)["left"] == [f"{n}.{kind}" for n in names for kind in ("weight", "bias")]
 
 
-def test_a_backbone_saved_without_classifier_is_taken(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.pth", tiny_vit(num_classes=0).state_dict())
-    assert load_weights(tiny_vit(), path)["left"] == ["head.weight", "head.bias"]
-    path = save(tmp_path / "b.pth", tiny_vit().state_dict())
-    assert load_weights(tiny_vit(num_classes=0), path)["left"] == []
-
-
 BAD_STARTS = [
-    (one_less(tiny_vit().state_dict(), "norm.bias"), "bad.pth lacks norm.bias: it belongs to another model"),
-    (tiny_vit().state_dict() | {"extra": torch.ones(1)}, "bad.pth holds the unknown extra"),
-    (tiny_vit(depth=2).state_dict(), "lacks blocks.2.norm1.weight, .* more: it belongs to another model"),
-    (
-        tiny_vit().state_dict() | {"pos_embed": torch.ones(1, 14, 48)},
-        r"has a position embedding of 13 patches",
-    ),
-    (
-        tiny_vit().state_dict() | {"pos_embed": torch.ones(1, 26, 24)},
-        r"pos_embed \(1, 17, 24\) instead of",
-    ),
+    (one_less(tiny_vit().state_dict(), "norm.bias"), "lacks norm.bias: it belongs to another model"),
+    (tiny_vit().state_dict() | {"extra": torch.ones(1)}, "holds the unknown extra"),
+    (tiny_vit(depth=2).state_dict(), r"lacks blocks.2.norm1.weight, .* \.\.\.: it belongs to another model"),
+    (tiny_vit().state_dict() | {"pos_embed": torch.ones(1, 14, 48)}, "13 patches"),
+    (tiny_vit().state_dict() | {"pos_embed": torch.ones(1, 26, 24)}, r"pos_embed \(1, 17, 24\) instead of"),
     (timm.create_model("resnet18").state_dict(), "lacks cls_token, pos_embed, .* and holds the unknown conv1.weight"),
 ]
 
@@ -319,14 +238,9 @@ def test_starting_weights_that_do_not_fit_change_nothing(
 ) -> None:
     model = tiny_vit()
     before = copy_of(model)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=rf"bad\.pth.*{sentence}"):
         load_weights(model, save(tmp_path / "bad.pth", state))
     assert same(model.state_dict(), before)
-
-
-def test_a_missing_npz_names_its_address(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ViT-B_16\.npz does not exist: .*imagenet21k/ViT-B_16\.npz"):
-        load_weights(tiny_vit(), tmp_path / "ViT-B_16.npz")
 
 
 # Pretrained weights of timm
@@ -378,39 +292,9 @@ def test_cached_weights_need_no_connection_and_are_reported(cache: Path) -> None
     assert pretrained_report(wrapper) == pretrained_report(model)
 
 
-def test_weights_in_no_cache_are_reported_without_checksum(cache: Path) -> None:
-    assert pretrained_report(timm.create_model(TAG)) == {"source": f"timm/{TAG}", "sha256": None}
-
-
-def test_weights_of_a_file_or_an_address_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "a.pth").write_bytes(b"content")
-    sha256 = hashlib.sha256(b"content").hexdigest()
-    model = timm.create_model(TAG, pretrained_cfg_overlay={"file": str(tmp_path / "checkpoints" / "a.pth")})
-    assert pretrained_report(model) == {"source": "a.pth", "sha256": sha256}
-    url = "https://example.org/weights/a.pth"
-    model = timm.create_model(TAG, pretrained_cfg_overlay={"hf_hub_id": None, "url": url})
-    assert pretrained_report(model) == {"source": url, "sha256": sha256}
-
-
-def test_an_address_that_does_not_answer_is_explained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_answers", lambda url: True)
-    overlay = {"hf_hub_id": None, "url": "http://127.0.0.1:9/a.pth", "custom_load": False}
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
-    with pytest.raises(UserError, match=r"could not be downloaded \(.*refused.*--weights FILE"), explain_offline(TAG):
-        timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-@pytest.mark.parametrize(
-    ("tag", "sentence"),
-    [
-        ("vit_tiny_patch61_224", "has no model vit_tiny_patch61_224: timm.list_models"),
-        ("vit_tiny_patch16_224.nonsense", r"has no pretrained weights .*\.nonsense: timm.list_pretrained\('vit_tiny"),
-    ],
-)
-def test_names_that_timm_does_not_know_have_their_own_sentence(cache: Path, tag: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence), explain_offline(tag):
+@pytest.mark.parametrize("tag", ["vit_tiny_patch61_224", "vit_tiny_patch16_224.nonsense"])
+def test_names_that_timm_does_not_know_have_their_own_sentence(cache: Path, tag: str) -> None:
+    with pytest.raises(UserError, match=f"has no {tag} .*timm.list_models"), explain_offline(tag):
         timm.create_model(tag, pretrained=True)
 
 
@@ -422,8 +306,8 @@ def test_other_exceptions_pass_unchanged(cache: Path, error: BaseException) -> N
 
 
 def test_nothing_is_asked_of_the_network_without_pretrained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_answers", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(load, "get_session", lambda: pytest.fail("asked the network"))
     with explain_offline(TAG, pretrained=False):
         timm.create_model(TAG, depth=1)
-    with pytest.raises(UserError, match="has no model nonsense"), explain_offline("nonsense", pretrained=False):
+    with pytest.raises(UserError, match="has no nonsense"), explain_offline("nonsense", pretrained=False):
         timm.create_model("nonsense")

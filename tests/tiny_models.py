@@ -13,9 +13,9 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.engine import Objective, logits_of
-from common.models import GFT, TransFG
+from common.train.loop import Objective, logits_of
 from ffvt.model import FFVT
+from gft import GFT, TransFG
 from glsim.model_utils import transfg
 from glsim.model_utils.cal import CAL
 from glsim.model_utils.config import ViTConfig

@@ -4,14 +4,15 @@ from common.data.aircraft import air, aircraft
 from common.data.cars import car
 from common.data.cifar import cifar10, cifar100
 from common.data.coco import coco
+from common.data.cotton_soy import cotton, soyloc
 from common.data.cub import cub
 from common.data.demo import write_demo
 from common.data.dogs import dog
+from common.data.download import prepare
+from common.data.facts import facts
 from common.data.food101 import food101
 from common.data.images import BadImage, Data, Images, load_image, random_split
-from common.data.inat import inat2017
-from common.data.leaves import cotton, soyloc
-from common.data.prepare import prepare
+from common.data.inat2017 import inat2017
 
 __all__ = [
     "BadImage",
@@ -26,6 +27,7 @@ __all__ = [
     "cotton",
     "cub",
     "dog",
+    "facts",
     "food101",
     "inat2017",
     "load_image",

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
+from common.data.dataset_folder import DatasetFolder, Rows, read_images
 from common.data.images import Images
-from common.data.published import DATA_SETS
-from common.data.tree import Tree
 
-META = "devkit/cars_meta.mat"
-
-# Every place is tried; the first that a missing file would be reported at comes last.
+# Every place is tried; the one that a missing file is reported at comes last.
 LISTS = {
     "train": ("cars_train_annos.mat", "devkit/cars_train_annos.mat"),
     "test": ("devkit/cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat"),
@@ -16,41 +13,23 @@ LISTS = {
 
 
 def car(root: str | Path, split: str) -> Images:
-    """Reads one split: "train" or "test".
+    """Reads one split: "train" or "test"; see `lists` and `read_images`."""
+    return read_images("car", root, split, lists)
 
-    Images in the order of the list, ids = folder and file name ("cars_train/00001.jpg": both splits count from 1),
-    classes in the order of class_names. Kaggle's copies, nested as cars_train/cars_train/, are read as well.
 
-    Raises:
-        UserError: a list or image is missing, or a list is damaged or has no labels.
+def lists(folder: DatasetFolder, split: str) -> tuple[Rows, list[str]]:
+    """Images in the order of the list; classes in the order of class_names.
+
+    Ids = folder and file name ("cars_train/00001.jpg"), because both splits count from 1. Kaggle's copies, nested as
+    cars_train/cars_train/, are read as well.
     """
-    tree = Tree(DATA_SETS["car"], root)
-    tree.published.require_split(split)
-    tree.names(".", "the folder of the data set")
-    (classes,) = tree.mat(META, "the list of classes", "class_names")
-    if not all(isinstance(name, str) for name in classes):
-        raise tree.damaged(tree.path / META, "has a class_names that is no list of names")
-    tree.require_unique(META, classes, "the class")
-
-    list_file = tree.first(*LISTS[split])
-    (annotations,) = tree.mat(list_file, f"the list of {split} images", "annotations")
-    files, labels = [], []
-    for position, entry in enumerate(annotations):
-        # By name, not by place: cars_test_annos.mat has a box where this list has the class.
-        file = entry.get("fname") if isinstance(entry, dict) else None
-        if not isinstance(file, str) or "class" not in entry:
-            raise tree.damaged(tree.path / list_file, f"has no fname and class in entry {position} of annotations")
-        files.append(file)
-        labels.append(tree.label(list_file, f"entry {position}", file, entry["class"], len(classes)))
-    tree.require_unique(list_file, files, "the image")
-
-    folder = tree.first(f"cars_{split}/cars_{split}", f"cars_{split}")
-    tree.require_images(list_file, folder, files)
-    return Images(
-        "car",
-        split,
-        ids=[f"cars_{split}/{file}" for file in files],
-        paths=[f"{tree.path / folder}/{file}" for file in files],
-        labels=labels,
-        classes=classes,
-    )
+    (classes,) = folder.mat("devkit/cars_meta.mat", "class_names")
+    file = folder.first(*LISTS[split])
+    (entries,) = folder.mat(file, "annotations")
+    if not all("class" in entry for entry in entries):
+        raise folder.wrong(file, "has no labels")
+    names = [entry["fname"] for entry in entries]
+    folder.require_unique(file, names)
+    labels = [folder.label(file, entry["fname"], entry["class"]) for entry in entries]
+    images = folder.first(f"cars_{split}/cars_{split}", f"cars_{split}")
+    return Rows([f"cars_{split}/{name}" for name in names], [f"{images}/{name}" for name in names], labels), classes

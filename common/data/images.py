@@ -1,10 +1,8 @@
 """Images with labels: the one data set class of all readers, and what an experiment is given (`Data`)."""
 
 import copy
-import errno
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,45 +16,24 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from common.files import open_plain
 
 Transform = Callable[[Image.Image], Any]
 Decode = Callable[[Path], Image.Image]
 
-_NOT_READABLE = ": not readable as an image, "
+# Not whatever Pillow can open: for some formats it starts other programs, EPS's being an interpreter.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class BadImage(UserError):
-    """An image file that cannot be decoded.
-
-    Attributes:
-        path: the file.
-    """
-
-    path: Path
-
-    def __init__(self, message: str, path: str | Path | None = None) -> None:
-        if path is None:
-            # A DataLoader re-raises a worker's error as type(text of the whole traceback): one argument,
-            # many lines. The sentence and the path are taken back out of it, so that both survive the trip.
-            message = message.strip().rpartition(f"{type(self).__name__}: ")[2]
-            path = message.partition(_NOT_READABLE)[0]
-        super().__init__(message)
-        self.path = Path(path)
+    """An image file that cannot be decoded."""
 
     @classmethod
     def because(cls, path: str | Path, reason: str) -> "BadImage":
         """The error for one file; `reason` says what is wrong with it."""
-        reason = " ".join(reason.split()).rstrip(".")
-        return cls(f"{path}{_NOT_READABLE}{reason}; replace it, or allow some with --skip-bad-images N.", path)
-
-
-# Not whatever Pillow can open: for some formats it starts other programs, EPS's being an interpreter.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 2**26  # 67 million: 256 MiB as Pillow keeps them
-MAX_SCANS = 32  # of a progressive JPEG, which has about 10
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # of a segment; the others stand alone
-MAX_RATIO = 100  # of the sides: a resize of the short side makes the long one as much longer
+        return cls(
+            f"{path}: not readable as an image, {reason.rstrip('.')}; replace it (python -m common.data check NAME "
+            "--decode lists all such files of a data set)"
+        )
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -70,31 +47,12 @@ def load_image(path: str | Path) -> Image.Image:
     - EXIF orientation is ignored and of several frames the first is taken, also as the published code does.
 
     Raises:
-        BadImage: missing, empty, truncated or not an image; no plain file; more than MAX_PIXELS (a decompression
-            bomb) or MAX_SCANS, or sides beyond MAX_RATIO; or grey levels without a known range (floats, 32-bit
-            integers beyond 16 bits).
+        BadImage: missing, empty, truncated or not an image; of more pixels than Pillow's limit; or grey levels without
+            a known range (floats, 32-bit integers beyond 16 bits).
     """
     with _opened(path) as image:
-        if image.format in ("JPEG", "MPO"):
-            _refuse_many_scans(image)
         image.load()
         return _to_rgb(image)
-
-
-def _refuse_many_scans(image: Any) -> None:
-    """A scan goes over all pixels, and a hundred bytes make one: a small file could take hours."""
-    file = image.fp
-    before = file.tell()
-    file.seek(0)
-    content = file.read()
-    file.seek(before)
-    scans, position = 0, 2  # behind the mark of the beginning
-    while (marker := _JPEG_MARKER.search(content, position)) and marker[0] != b"\xff\xd9":  # the end of the image
-        scans += marker[0] == b"\xff\xda"
-        # The length of its segment; the data of a scan, up to the next marker, are searched through.
-        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
-    if scans > MAX_SCANS:
-        raise ValueError(f"its {scans} scans are more than {MAX_SCANS}")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -107,12 +65,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """An image of which only the header is read. What goes wrong with it in the block becomes a BadImage."""
     try:
-        with open_plain(path) as file, Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"its {width} x {height} pixels are more than {MAX_PIXELS:,}")
-            if max(width, height) > MAX_RATIO * min(width, height):
-                raise ValueError(f"of its {width} x {height} pixels one side is over {MAX_RATIO} times the other")
+        with Image.open(path, formats=FORMATS) as image:
             yield image
     except FileNotFoundError:
         raise BadImage.because(path, "there is no such file") from None
@@ -122,14 +75,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise BadImage.because(path, reason) from None
     except MemoryError:
         raise
-    except OSError as error:
-        # The machine is at fault here, not the file: it must not be skipped as a bad image.
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise
-        raise BadImage.because(path, error.strerror or str(error)) from error
-    except Exception as error:
-        # Pillow's decoders answer damaged bytes with whatever they trip over: SyntaxError, struct.error, ...
-        raise BadImage.because(path, str(error) or type(error).__name__) from error
+    except Exception as error:  # Pillow's decoders raise nearly anything for damaged bytes
+        raise BadImage.because(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -185,29 +132,22 @@ class Images(Dataset[tuple[Any, int]]):
         self.classes = list(classes)
         self._transform = transform
         self._decode = decode
-        self._short: tuple[Decode, Transform | None] | None = None
-        self._validate(len(paths))
-        # Common root and rest, as strings: Path objects would weigh several times as much in every worker.
-        strings = [os.fspath(path) for path in paths]
-        shared = os.path.commonprefix([min(strings), max(strings)])  # noqa: RUF071  # cut at a separator below
-        self._root = shared[: shared.rfind(os.sep) + 1]
-        self._files = [path[len(self._root) :] for path in strings]
+        # Strings: Path objects would weigh several times as much in every worker.
+        self._files = [os.fspath(path) for path in paths]
+        self._validate()
 
-    def _validate(self, num_paths: int) -> None:
-        title = f"{self.name} {self.split}"
-        if not (len(self.ids) == num_paths == len(self.labels)):
-            raise UserError(
-                f"{title}: {len(self.ids)} ids, {num_paths} paths and {len(self.labels)} labels do not belong together."
-            )
+    def _validate(self) -> None:
+        title, count = f"{self.name} {self.split}", len(self.ids)
+        if not (count == len(self._files) == len(self.labels)):
+            raise ValueError(f"{title}: {count} ids, {len(self._files)} paths, {len(self.labels)} labels")
         if not self.ids:
-            raise UserError(f"{title}: there are no images in it; ask for more.")
+            raise UserError(f"{title}: there are no images in it; ask for more")
         if min(self.labels) < 0 or max(self.labels) >= len(self.classes):
-            raise UserError(
-                f"{title}: labels {min(self.labels)}..{max(self.labels)} do not fit {len(self.classes)} classes."
-            )
-        if len(set(self.ids)) < len(self.ids):
-            repeated, count = Counter(self.ids).most_common(1)[0]
-            raise UserError(f"{title}: the image {repeated} occurs {count} times; each may occur once.")
+            smallest, largest = min(self.labels), max(self.labels)
+            raise UserError(f"{title}: labels {smallest}..{largest} do not fit {len(self.classes)} classes")
+        if len(set(self.ids)) < count:
+            repeated, times = Counter(self.ids).most_common(1)[0]
+            raise UserError(f"{title}: the image {repeated} occurs {times} times; each may occur once")
 
     @property
     def transform(self) -> Transform | None:
@@ -226,15 +166,14 @@ class Images(Dataset[tuple[Any, int]]):
 
     def path(self, index: int) -> Path:
         """The file of one image."""
-        return Path(self._root + self._files[index])
+        return Path(self._files[index])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        decode, transform = self._short or (self._decode, self._transform)
-        image = decode(self.path(index))
-        return (image if transform is None else transform(image)), self.labels[index]
+        image = self._decode(self.path(index))
+        return (image if self._transform is None else self._transform(image)), self.labels[index]
 
     def __repr__(self) -> str:
         return f"Images({self.name} {self.split}: {len(self):,} images, {len(self.classes)} classes)"
@@ -247,29 +186,20 @@ class Images(Dataset[tuple[Any, int]]):
         """
         chosen = [int(index) for index in indices]
         return Images(
-            name=self.name,
-            split=self.split if split is None else split,
-            ids=[self.ids[index] for index in chosen],
-            paths=[self._root + self._files[index] for index in chosen],
-            labels=[self.labels[index] for index in chosen],
-            classes=self.classes,
-            transform=self._transform,
-            decode=self._decode,
+            self.name,
+            self.split if split is None else split,
+            [self.ids[index] for index in chosen],
+            [self._files[index] for index in chosen],
+            [self.labels[index] for index in chosen],
+            self.classes,
+            self._transform,
+            self._decode,
         )
 
     def with_transform(self, transform: Transform | None) -> "Images":
         """The same images under another transform; this object keeps its own."""
         other = copy.copy(self)
-        other._transform, other._short = transform, None
-        return other
-
-    def brought(self, decode: Decode, transform: Transform | None) -> "Images":
-        """The same images in a shorter way, which has to lead to what the present transform gives.
-
-        `transform` and `decode` stay what they are, and subsets and other transforms go the whole way.
-        """
-        other = copy.copy(self)
-        other._short = decode, transform
+        other._transform = transform
         return other
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -298,16 +228,11 @@ def random_split(images: Images, fraction: float, seed: int) -> tuple[Images, Im
     """
     first = int(fraction * len(images))
     if not 0 < first < len(images):
-        raise UserError(
-            f"{images.name} {images.split}: {len(images)} images cannot be split into {fraction:g} and the "
-            "rest; both parts need at least one image."
-        )
+        title = f"{images.name} {images.split}"
+        raise UserError(f"{title}: {len(images)} images cannot be split into {fraction:g} and the rest: one is empty")
     indices: Any = range(len(images))  # Any: it is no Dataset, but length and items are all that is used
-    one, other = torch.utils.data.random_split(
-        indices,
-        [first, len(images) - first],
-        generator=torch.Generator().manual_seed(seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    one, other = torch.utils.data.random_split(indices, [first, len(images) - first], generator)
     percent, rest = (f"{100 * part:.6g}" for part in (fraction, 1 - fraction))
     return (
         images.subset(one.indices, f"{images.split} ({percent} %, seed {seed})"),
@@ -330,12 +255,17 @@ class Data:
     def __post_init__(self) -> None:
         for other in (self.val, self.test):
             if other.classes != self.train.classes:
+                title = f"{self.train.name} {self.train.split} and {other.name} {other.split}"
                 differing = sorted(set(other.classes) ^ set(self.train.classes))
                 detail = f"only one of them has {differing[0]!r}" if differing else "they are in different order"
-                raise UserError(
-                    f"{self.train.name} {self.train.split} and {other.name} {other.split} have different "
-                    f"classes: {detail}."
-                )
+                raise UserError(f"{title} have different classes: {detail}")
+
+    def limited(self, count: int | None) -> "Data":
+        """The first `count` images of each split; none: all."""
+        if count is None:
+            return self
+        parts = (images.subset(range(min(count, len(images)))) for images in (self.train, self.val, self.test))
+        return Data(*parts)
 
     @property
     def classes(self) -> list[str]:

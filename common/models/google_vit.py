@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from common.models.released import Entry, modules
+from common.models.authors_names import Entry, modules
 
 # Modules of one block, ours and theirs, in the order of a released file.
 BLOCK = (

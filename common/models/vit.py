@@ -35,13 +35,9 @@ def build_vit(
     `img_size` in pixels (height, width) that the patches do not tile: timm would drop the border unsaid.
     """
     wanted = f"a timm VisionTransformer with a CLS token and at least {min_blocks} blocks is needed"
-    if ":" not in backbone and not timm.is_model(backbone):  # "hf-hub:..." names are resolved by timm itself
-        raise UserError(f"backbone {backbone!r} is unknown to timm {timm.__version__}: {wanted}.")
     try:
         vit = timm.create_model(backbone, pretrained=pretrained, img_size=img_size, **backbone_kwargs)
-    except (TypeError, RuntimeError) as error:  # arguments that only ViTs take; an unknown tag
-        if isinstance(error, RuntimeError) and "pretrained tag" not in str(error):
-            raise
+    except TypeError as error:  # arguments that only ViTs take
         raise UserError(f"backbone {backbone!r} cannot be built ({error}): {wanted}.") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"backbone {backbone!r} is a {type(vit).__name__}: {wanted}.")

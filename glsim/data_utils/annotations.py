@@ -5,17 +5,17 @@ knows further data sets. Class ids count from 0; images are relative to the fold
 files. All functions raise UserError where a file is missing, damaged or contradictory.
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchvision.datasets import Flowers102
 
-from common.data.inat import FIELDS
-from common.data.published import DATA_SETS, Published
-from common.data.tree import Tree
+from common.data.dataset_folder import DatasetFolder
+from common.data.facts import Facts, facts
 from common.errors import UserError
 
 Row = tuple[int, str]  # class id, image
@@ -30,21 +30,21 @@ class Annotations(NamedTuple):
     num_train: int | None = None  # so many of train_val, foremost, are officially for training; none: no such split
 
 
-def _published(name: str, title: str, classes: int, source: str) -> Published:
-    return Published(name, title, folder=name, tree="", classes=classes, counts={}, source=source)
+def _published(name: str, title: str, classes: int, source: str) -> Facts:
+    return Facts(name, title, folder=name, classes=classes, counts={}, source=source)
 
 
-PUBLISHED: dict[str, Published] = {
-    "aircraft": DATA_SETS["aircraft"],
-    "cars": DATA_SETS["car"],
-    "cotton": DATA_SETS["cotton"],
-    "cub": DATA_SETS["cub"],
+PUBLISHED: dict[str, Facts] = {
+    "aircraft": facts("aircraft"),
+    "cars": facts("car"),
+    "cotton": facts("cotton"),
+    "cub": facts("cub"),
     "dafb": _published("dafb", "DAFB", 3263, "https://github.com/arkel23/animesion"),
-    "dogs": DATA_SETS["dog"],
+    "dogs": facts("dog"),
     "flowers": _published("flowers", "Oxford Flowers", 102, "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
-    "food": DATA_SETS["food101"],
+    "food": facts("food101"),
     "imagenet": _published("imagenet", "ImageNet", 1000, "https://image-net.org"),
-    "inat17": DATA_SETS["inat2017"],
+    "inat17": facts("inat2017"),
     "moe": _published(
         "moe", "Moeimouto", 173, "https://www.kaggle.com/datasets/mylesoneill/tagged-anime-illustrations"
     ),
@@ -52,33 +52,48 @@ PUBLISHED: dict[str, Published] = {
     "ncfm": _published("ncfm", "NCFM", 8, "https://www.kaggle.com/c/the-nature-conservancy-fisheries-monitoring"),
     "pets": _published("pets", "Oxford-IIIT Pet", 37, "https://www.robots.ox.ac.uk/~vgg/data/pets/"),
     "sketch": _published("sketch", "ImageNet-Sketch", 1000, "https://github.com/HaohanWang/ImageNet-Sketch"),
-    "soy": DATA_SETS["soyloc"],
+    "soy": facts("soyloc"),
     "vegfru": _published("vegfru", "VegFru", 292, "https://github.com/ustc-vim/vegfru"),
 }
 
 
-class Source(Tree):
-    """The folder of a data set, and the one of its images below; messages name the tools' own option.
+class Source:
+    """OLD: what the functions below call, on DatasetFolder; goes with them.
 
     Attributes:
         images: the folder of the images, relative to `path`.
     """
 
     def __init__(self, dataset_name: str, root: str | Path, images: str) -> None:
-        super().__init__(replace(PUBLISHED[dataset_name], folder=".", also=()), root)
-        self.images = images
-
-    def missing(self, what: str, where: Path, state: str = "is not there") -> UserError:
-        title, source = self.published.title, self.published.source
-        return UserError(
-            f"{title}: {what} was looked for at {where} and {state}; get {title} from {source} and unpack it to "
-            f"{self.path}, or name another folder with --dataset_root_path."
-        )
+        self.published = replace(PUBLISHED[dataset_name], folder=".", also=())
+        self.folder = DatasetFolder(self.published, root, flag="--dataset_root_path")
+        self.path, self.images = self.folder.path, images
 
     def damaged(self, where: Path, problem: str) -> UserError:
-        return UserError(
-            f"{self.published.title}: {where} {problem}; mend it, or get it again from {self.published.source}."
-        )
+        return self.folder.wrong(where, problem)
+
+    def names(self, relative: str, what: str) -> set[str]:
+        if not (self.path / relative).is_dir():
+            raise self.folder.wrong(relative, f"is not there, {what}")
+        return set(os.listdir(self.path / relative))
+
+    def pairs(self, file: str, what: str, form: str) -> list[tuple[int, str, str]]:
+        return [(line, *pair) for line, pair in enumerate(self.folder.pairs(file), 1)]
+
+    def mat(self, file: str, what: str, *variables: str) -> list[list[Any]]:
+        return self.folder.mat(file, *variables)
+
+    def json(self, file: str, what: str) -> Any:
+        return self.folder.json(file)
+
+    def label(self, file: str, place: str, image: str, value: object, classes: int) -> int:
+        return DatasetFolder(replace(self.published, classes=classes), self.path).label(file, image, value)
+
+    def require_unique(self, file: str, values: Iterable[Any], what: str) -> None:
+        self.folder.require_unique(file, values)
+
+    def require_images(self, file: str, folder: str, images: Sequence[str]) -> None:
+        self.folder.require_images([f"{folder}/{image}" for image in images])
 
 
 def _birds(tree: Source) -> Annotations:
@@ -215,14 +230,15 @@ def _inat17(tree: Source) -> Annotations:
     lists: list[list[Row]] = []
     names: dict[int, str] = {}
     for file in ("train2017.json", "val2017.json"):
-        tables = tree.tables(file, "an annotation file", FIELDS)
-        categories = sorted(tables["categories"])
+        content = tree.json(file, "an annotation file")
+        categories = sorted((entry["id"], entry["name"]) for entry in content["categories"])
         number = {category: class_id for class_id, (category, _) in enumerate(categories)}
-        category_of = dict(tables["annotations"])
-        for image, _ in tables["images"]:
+        category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+        listed = [(entry["id"], entry["file_name"]) for entry in content["images"]]
+        for image, _ in listed:
             if category_of.get(image) not in number:
                 raise tree.damaged(tree.path / file, f"has no annotation of a known category for image {image}")
-        rows = ((number[category_of[image]], name) for image, name in tables["images"])
+        rows = ((number[category_of[image]], name) for image, name in listed)
         lists.append([(class_id, name.removeprefix(f"{tree.images}/")) for class_id, name in rows])
         names |= {class_id: name for class_id, (_, name) in enumerate(categories)}
     return Annotations(lists[0], lists[1], names)

@@ -2,17 +2,15 @@
 
 import csv
 import functools
-import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from common import data as readers
 from common.data import Data, Images
-from common.data.tree import is_inside
 from common.errors import UserError
-from common.files import open_plain
 from glsim.data_utils.transforms import CIFAR, transforms
 from glsim.train_utils.settings import Settings
 
@@ -23,6 +21,13 @@ OPTIONS = {
     "val": ("df_val", "folder_val"),
     "test": ("df_test", "folder_test"),
 }
+
+_OUTSIDE = re.compile(r"^/|(^|/)\.\.(/|$)|[\0-\x1f]")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a list may name this file: below a folder, on one line."""
+    return _OUTSIDE.search(name) is None
 
 
 class Listed(NamedTuple):
@@ -109,7 +114,7 @@ def _rows(file: Path, value: str) -> list[tuple[int, int, str]]:
     rows = []
     try:
         # -sig: some editors put a byte order mark before the first line.
-        with io.TextIOWrapper(open_plain(file), encoding="utf-8-sig", newline="") as lines:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             header = next(reader, [])
             if not {"class_id", value} <= set(header):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from common.data.tree import is_inside
-from common.errors import UserError, on_one_line
+from common.errors import UserError
 from common.files import keep_earlier, write_atomically
-from common.log import say
+from common.train.log import say
 from glsim.data_utils.annotations import PUBLISHED, READERS, Annotations, Row, read_annotations
-from glsim.data_utils.datasets import read_list
+from glsim.data_utils.datasets import is_inside, read_list
 from glsim.train_utils.settings import Settings
 from glsim.train_utils.yaml_config import CONFIGS, read_config
 
@@ -92,7 +91,7 @@ def image_folder(folder: Path) -> tuple[list[Row], dict[int, str]]:
     rows = [(class_id, Path(file).relative_to(folder).as_posix()) for file, class_id in files]
     for _, name in rows:
         # Linux takes any bytes for a name; those that are no UTF-8 come as halves of characters.
-        if not is_inside(name) or not on_one_line(name):
+        if not is_inside(name) or not name.isprintable():
             raise UserError(f"{folder} has the file {name!r}, which no list can name: rename it")
     return rows, dict(enumerate(names))
 

@@ -1,6 +1,5 @@
 """One builder for GLSim and everything that it is compared with, by `--model_name`."""
 
-import difflib
 from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
@@ -13,6 +12,7 @@ from common.errors import UserError
 from common.models.vit import freeze
 from ffvt.model import CONFIGS as FFVT_CONFIGS
 from ffvt.model import FFVT
+from gft.model import GFT
 from glsim.model_utils import transfg
 from glsim.model_utils.cal import CAL
 from glsim.model_utils.config import MODEL_NAMES, ViTConfig
@@ -22,18 +22,13 @@ from glsim.model_utils.resnet import ResNet
 from glsim.model_utils.timm_glsim import GLSimTimm, TimmConfig
 from glsim.train_utils.settings import Settings
 
-COMPARATORS = ("transfg", "ffvt", "cal", *RESNETS)
 # Comparators with parts beside backbone and classifier, which start at random.
-WITH_OWN_PARTS = ("transfg", "ffvt", "cal")
+WITH_OWN_PARTS = ("transfg", "ffvt", "cal", "gft")
+COMPARATORS = (*WITH_OWN_PARTS, *RESNETS)
+GFT_BACKBONE = "vit_base_patch16_224.augreg2_in21k_ft_in1k"  # of the GFT scripts
 # Google's .npz for models that are no timm model's own.
-NPZ = {
-    "vit_b16": "ViT-B_16",
-    "vit_b32": "ViT-B_32",
-    "vit_l16": "ViT-L_16",
-    "vit_l32": "ViT-L_32",
-    "vit_h14": "ViT-H_14",
-}
-NPZ |= {"transfg": "ViT-B_16", "ffvt": "ViT-B_16"}
+NPZ = {"vit_b16": "ViT-B_16", "vit_b32": "ViT-B_32", "vit_l16": "ViT-L_16", "vit_l32": "ViT-L_32"}
+NPZ |= {"vit_h14": "ViT-H_14", "transfg": "ViT-B_16", "ffvt": "ViT-B_16"}
 TIMM_PREFIX = "gls"  # glsvit_*, glsdeit*: GLSim around timm's model of the rest of the name
 # Options of glsvit_* and glsdeit* alone, of vit_* alone, and of either.
 OF_TIMM_ALONE = ("select_top_k", "token_drop", "adapter", "aggregator_type", "inference_crops")
@@ -93,18 +88,18 @@ def _build_vit(settings: Settings, num_classes: int, pretrained: bool) -> ViTGLS
             f"--pretrained: there are no published weights for {settings.model_name}: use --no-pretrained, or a file "
             "with --ckpt_path"
         )
-    taken = {field.name for field in fields(ViTConfig)} & {field.name for field in fields(Settings)}
-    values: dict[str, Any] = {name: getattr(settings, name) for name in taken}
-    values |= {"num_classes": num_classes, "dynamic_top": top_patches(settings), **settings.model_kwargs}
-    return ViTGLSim(ViTConfig(**values))
+    return ViTGLSim(ViTConfig(**(_options(settings, ViTConfig) | {"num_classes": num_classes} | settings.model_kwargs)))
 
 
 def _build_timm_glsim(settings: Settings, num_classes: int, pretrained: bool) -> GLSimTimm:
     _refuse(settings, OF_VIT_ALONE)
-    taken = {field.name for field in fields(TimmConfig)} & {field.name for field in fields(Settings)}
-    values: dict[str, Any] = {name: getattr(settings, name) for name in taken}
-    values |= {"num_classes": num_classes, "dynamic_top": top_patches(settings)}
-    return GLSimTimm(pretrained=pretrained, **values)
+    return GLSimTimm(pretrained=pretrained, num_classes=num_classes, **_options(settings, TimmConfig))
+
+
+def _options(settings: Settings, config: type[ViTConfig] | type[TimmConfig]) -> dict[str, Any]:
+    """The settings that the configuration of a model has too."""
+    taken = {field.name for field in fields(config)} & {field.name for field in fields(Settings)}
+    return {name: getattr(settings, name) for name in taken} | {"dynamic_top": top_patches(settings)}
 
 
 def _build_comparator(settings: Settings, num_classes: int, pretrained: bool) -> nn.Module:
@@ -119,28 +114,20 @@ def _build_comparator(settings: Settings, num_classes: int, pretrained: bool) ->
     if name == "ffvt":
         num_token = kwargs.pop("num_token", 24 if settings.dataset_name == "dogs" else 12)
         return FFVT(vars(FFVT_CONFIGS["ViT-B_16"]) | kwargs, size, num_classes, True, num_token)
+    if name == "gft":
+        backbone = kwargs.pop("backbone", GFT_BACKBONE)
+        return GFT(backbone, num_classes, size, pretrained=pretrained, **({"drop_path_rate": settings.sd} | kwargs))
     if name == "cal":
-        _check_backbone(kwargs.get("backbone", "resnet101"))
         return CAL(num_classes, pretrained, settings.cal_single_crop, smoothing, **kwargs)
     return ResNet(name, num_classes, pretrained, **kwargs)
-
-
-def _check_backbone(name: Any) -> None:
-    """UserError for what is no ResNet that timm has torchvision's weights for: CAL takes their sizes."""
-    resnets = [resnet for resnet in timm.list_models(module="resnet") if timm.is_model_pretrained(f"{resnet}.tv_in1k")]
-    if name not in resnets:
-        raise UserError(f"--model_kwargs backbone={name}: cal stands on one of {', '.join(resnets)}")
 
 
 def _build_timm(settings: Settings, num_classes: int, pretrained: bool) -> nn.Module:
     _refuse(settings, OF_GLSIM)
     name = settings.model_name
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, (*MODEL_NAMES, *COMPARATORS, *timm.list_models()), n=1)
-        hint = (
-            f"did you mean {near[0]}?" if near else f"choose {', '.join((*MODEL_NAMES, *COMPARATORS))} or timm's name"
-        )
-        raise UserError(f"--model_name {name}: there is no such model; {hint}")
+        known = ", ".join((*MODEL_NAMES, *COMPARATORS))
+        raise UserError(f"--model_name {name}: there is no such model: choose {known}, gls* or timm's name")
     arguments = timm_arguments(settings)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)

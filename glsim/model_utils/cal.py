@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.models.released import Entry, ReleasedNames
+from common.models.authors_names import Entry, ReleasedNames
 from glsim.model_utils.glsim import crop
 
 SCALE = 100  # of the pooled features, whose norm is 1, before the classifier

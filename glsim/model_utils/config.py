@@ -1,11 +1,12 @@
 """The configuration of `ViTGLSim`, with the published names."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 from common.errors import UserError
-from common.npz import NPZ_URL
+from common.weights import NPZ_URL
 
 # width, MLP width, heads, blocks
 SIZES = MappingProxyType(
@@ -21,14 +22,29 @@ MODEL_NAMES = (
     *("vit_t4", "vit_t8", "vit_t16", "vit_t32", "vit_s8", "vit_s16", "vit_s32"),
     *("vit_b8", "vit_b16", "vit_b32", "vit_l16", "vit_l32", "vit_h14"),
 )
-CLASSIFIERS = ("cls", "avg_cls", "max_cls", "pool")
-METRICS = ("cos", "l1", "l2")
 FROM_NAME: Any = None  # the value of the named model
+WORDS: dict[str, tuple[str | None, ...]] = {
+    "classifier": ("cls", "avg_cls", "max_cls", "pool"),
+    "sim_metric": ("cos", "l1", "l2"),
+    "reducer": ("cls", None),
+    "hidden_act": ("gelu",),
+    "pos_embedding_type": ("learned",),
+}
 # Options of the released program that its GLSim reads and then does nothing with.
 WITHOUT_EFFECT = (
     *("anchor_conv_stem", "anchor_conv_stride", "anchor_resize_size", "shared_patchifier"),
     *("head_norm", "head_act", "head_dropout_all", "head_dropout_prob", "classifier_aux"),
 )
+
+
+def check_values(config: Any, words: Mapping[str, tuple[str | None, ...]], rates: Iterable[str]) -> None:
+    """Raise UserError for an option that is none of its words, and for a rate that is not in [0, 1)."""
+    for name, allowed in words.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"{name} {getattr(config, name)!r}: expected one of {', '.join(map(str, allowed))}")
+    for name in rates:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} {getattr(config, name)}: expected 0 or more, and less than 1")
 
 
 @dataclass(frozen=True)
@@ -120,16 +136,7 @@ class ViTConfig:
             object.__setattr__(self, "num_anchors", self.num_anchors or 1)
 
     def _check(self) -> None:
-        words = {
-            "classifier": CLASSIFIERS,
-            "sim_metric": METRICS,
-            "reducer": ("cls", None),
-            "hidden_act": ("gelu",),
-            "pos_embedding_type": ("learned",),
-        }
-        for name, allowed in words.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}")
+        check_values(self, WORDS, ("sd", "hidden_dropout_prob", "attention_probs_dropout_prob"))
         defaults = {field.name: field.default for field in fields(self)}
         for name in WITHOUT_EFFECT:
             if getattr(self, name) not in (defaults[name], None, False):
@@ -137,23 +144,14 @@ class ViTConfig:
         rows, columns = self.patch_size
         if rows != columns or rows < 1 or self.image_size < rows or self.image_size % rows:
             raise UserError(f"image_size {self.image_size}: expected a multiple of the patch size {rows}, both square")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"hidden_size {self.hidden_size} cannot be divided among num_attention_heads {self.num_attention_heads}"
-            )
-        if self.aggregator and self.representation_size % 64:
-            raise UserError(f"representation_size {self.representation_size}: the aggregator needs a multiple of 64")
-        for name in ("sd", "hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: expected 0 or more, and less than 1")
+        if self.hidden_size % self.num_attention_heads or (self.aggregator and self.representation_size % 64):
+            raise UserError("expected a hidden_size that num_attention_heads divides, and 64 if there is an aggregator")
         if self.dynamic_anchor and not 1 <= self.dynamic_top <= self.gh * self.gw:
             raise UserError(
                 f"dynamic_top {self.dynamic_top}: expected 1 to {self.gh * self.gw}, the patches of the image"
             )
         if self.classifier == "pool" and (self.dynamic_anchor or self.reducer):
             raise UserError("classifier 'pool' has no CLS token, which dynamic_anchor and reducer need")
-        if self.num_anchors not in (None, 1):
-            raise UserError(f"num_anchors {self.num_anchors}: GLSim makes one crop")
 
     # Figures that the released programs read, under their names.
     @property

@@ -16,10 +16,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import npz
 from common.errors import UserError
-from common.models.released import Entry, ReleasedNames
+from common.models.authors_names import Entry, ReleasedNames
 from common.models.vit import Use, embed, run_block, run_used
+from common.weights import LoadReport, load_npz
 from glsim.model_utils.config import ViTConfig
 from glsim.model_utils.layout import layout
 
@@ -73,7 +73,86 @@ def crop(images: Tensor, boxes: Tensor) -> Tensor:
     return crops.to(images.dtype)
 
 
-class ViTGLSim(ReleasedNames):
+class GLSimBase(ReleasedNames):
+    """What GLSim around its own ViT and around timm's (`GLSimTimm`) do alike: a ViT, `base_model`, and its crop."""
+
+    base_model: Any
+    adapters: Any  # one behind each block, or none
+    head: nn.Module
+    options: Any  # image_size, test_flip, dynamic_top, sim_metric, anchor_random, crop_inclusive
+    grid: int  # patches a side
+    patch_size: int  # pixels
+
+    def forward(self, images: Tensor, ret_dist: bool = False) -> Any:
+        """Return logits (B, C) of images (B, 3, S, S), and also the crops (B, 3, S, S) where it crops.
+
+        `ret_dist` adds: the tokens (B, N, D) of the image that `select` takes, the tokens behind each block (L of
+        them), and for each block the attention probabilities and the raw scores, both (B, H, N, N). Raises UserError
+        for images of another size.
+        """
+        size = self.options.image_size
+        if images.ndim != 4 or images.shape[-2:] != (size, size):
+            raise UserError(f"images of shape {tuple(images.shape)}: this model takes {size} x {size} pixels")
+        logits, crops, *dist = self._run(images, ret_dist)
+        if self.options.test_flip and not self.training:
+            logits = (logits + self._run(images.flip(-1))[0]) / 2
+        output = (logits,) if crops is None else (logits, crops)
+        if ret_dist:
+            return (*output, *dist)
+        return logits if crops is None else output
+
+    @torch.no_grad()
+    def select(self, tokens: Tensor, places: Tensor | None = None) -> Selection:
+        """Find the box around the patches most similar to the global representation, given tokens (B, N, D).
+
+        `places` (B, K) says where on the grid the patches among the tokens are, if not all are there.
+        """
+        options = self.options
+        found = similarity(self._global_first(tokens), options.sim_metric)  # (B, K)
+        if options.anchor_random:
+            indices = torch.rand_like(found).topk(options.dynamic_top).indices
+        else:
+            indices = found.topk(options.dynamic_top, largest=options.sim_metric == "cos").indices
+        if places is not None:
+            indices = places.gather(1, indices)
+        return Selection(found, indices, bounding_boxes(indices, self.grid, self.patch_size, options.crop_inclusive))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's blocks in the backward pass instead of keeping their activations."""
+        self.base_model.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def _run(self, images: Tensor, ret_dist: bool = False) -> tuple[Any, ...]:
+        """Logits, crops or None, and what `ret_dist` adds."""
+        raise NotImplementedError
+
+    def _global_first(self, tokens: Tensor) -> Tensor:
+        """The global representation and behind it the patches: (B, N, D) -> (B, 1 + K, D)."""
+        raise NotImplementedError
+
+    def _run_blocks(self, x: Tensor, patches: Use, ret_dist: bool) -> tuple[Any, ...]:
+        """Tokens (B, N, D) behind all blocks, of which the last computes patches as they are read; and the rest."""
+        inter, probabilities, scores = [], [], []
+        for i, block in enumerate(self.base_model.blocks):
+            use: Use = patches if i == len(self.base_model.blocks) - 1 and not self.adapters else "learnt"
+            if ret_dist:
+                x, q, k = run_block(block, x)
+                scores.append(q @ k.mT / math.sqrt(q.shape[-1]))  # (B, H, N, N)
+                probabilities.append(scores[-1].softmax(-1))
+            elif self.base_model.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_used, block, x, use, use_reentrant=False)
+            else:
+                x = run_used(block, x, use)
+            if self.adapters:
+                x = x + self.adapters[i](x)
+            if ret_dist:
+                inter.append(x)
+        return x, inter, probabilities, scores
+
+
+class ViTGLSim(GLSimBase):
     """The published module: `ViTGLSim(ViTConfig("vit_b16", ...))`; without `dynamic_anchor` a plain ViT.
 
     All parameters of the encoder are those of a timm ViT, `base_model`. Image and crop share them, CLS token included,
@@ -82,7 +161,8 @@ class ViTGLSim(ReleasedNames):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.adapters = config, ()
+        self.grid, self.patch_size = config.gh, config.fh
         width = config.representation_size
         self.base_model = _build_vit(config)
         self.anchor_class_token: nn.Parameter | None = None
@@ -94,7 +174,6 @@ class ViTGLSim(ReleasedNames):
         norm = config.aggregator and config.aggregator_norm
         self.aggregator_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if norm else nn.Identity()
         self.head = nn.Linear(width, config.num_classes) if config.load_fc_layer else nn.Identity()
-        self.grad_checkpointing = False
         self._initialise()
 
     @classmethod
@@ -102,36 +181,13 @@ class ViTGLSim(ReleasedNames):
         """The model of a ViTConfig's fields, which model.json keeps."""
         return cls(ViTConfig(**config))
 
-    def forward(self, images: Tensor, ret_dist: bool = False) -> Any:
-        """Return logits (B, C) of images (B, 3, S, S), and with `dynamic_anchor` also the crops (B, 3, S, S).
-
-        `ret_dist` adds: the normalised tokens (B, N, D) of the image, the tokens behind each block (L of them), and for
-        each block the attention probabilities and the raw scores, both (B, H, N, N).
-        """
-        self._check(images)
-        self._say("input images", images)
-        logits, crops, *dist = self._run(images, ret_dist)
-        if self.config.test_flip and not self.training:
-            logits = (logits + self._run(images.flip(-1))[0]) / 2
-        output = (logits,) if crops is None else (logits, crops)
-        if ret_dist:
-            return (*output, *dist)
-        return logits if crops is None else output
-
-    @torch.no_grad()
-    def select(self, tokens: Tensor) -> Selection:
-        """Find the box around the patches most similar to CLS, given normalised tokens (B, N, D)."""
-        config = self.config
-        found = similarity(tokens, config.sim_metric)
-        if config.anchor_random:
-            indices = torch.rand_like(found).topk(config.dynamic_top).indices
-        else:
-            indices = found.topk(config.dynamic_top, largest=config.sim_metric == "cos").indices
-        return Selection(found, indices, bounding_boxes(indices, config.gh, config.fh, config.crop_inclusive))
+    @property
+    def options(self) -> ViTConfig:
+        return self.config
 
     def _run(self, images: Tensor, ret_dist: bool = False) -> tuple[Any, ...]:
-        """Logits, crops or None, and what `ret_dist` adds."""
         config, crops = self.config, None
+        self._say("input images", images)
         whole = ret_dist or config.debugging or not (config.dynamic_anchor and config.reducer == "cls")
         x, *dist = self._encode(images, "learnt" if whole else "seen", ret_dist)
         tokens = self._read(x)
@@ -143,26 +199,15 @@ class ViTGLSim(ReleasedNames):
 
     def _encode(self, images: Tensor, patches: Use, ret_dist: bool = False) -> tuple[Any, ...]:
         """Normalised tokens (B, N, D), or (B, 1, D) if patches are `unread`; and what `ret_dist` adds behind them."""
-        vit: Any = self.base_model
-        x = embed(vit, images)
+        x = embed(self.base_model, images)
         self._say("embedded patches", x)
-        inter, probabilities, scores = [], [], []
-        for number, block in enumerate(vit.blocks, 1):
-            if ret_dist:
-                x, q, k = run_block(block, x)
-                raw = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, N, N)
-                inter.append(x)
-                scores.append(raw)
-                probabilities.append(raw.softmax(-1))
-                continue
-            use: Use = patches if number == len(vit.blocks) else "learnt"
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_used, block, x, use, use_reentrant=False)
-            else:
-                x = run_used(block, x, use)
-        x = vit.norm(x)
+        x, *dist = self._run_blocks(x, patches, ret_dist)
+        x = self.base_model.norm(x)
         self._say("encoded tokens", x)
-        return x, inter, probabilities, scores
+        return x, *dist
+
+    def _global_first(self, tokens: Tensor) -> Tensor:
+        return tokens
 
     def _read(self, tokens: Tensor) -> Tensor:
         """What goes on of the tokens (B, N, D) of image or crop: CLS (B, 1, D), or all."""
@@ -190,36 +235,24 @@ class ViTGLSim(ReleasedNames):
         self._say("logits", logits)
         return logits
 
-    def _check(self, images: Tensor) -> None:
-        channels, size = self.config.num_channels, self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (channels, size, size):
-            raise UserError(f"images of shape {tuple(images.shape)}: this model takes (B, {channels}, {size}, {size})")
-
     def _say(self, stage: str, tensor: Tensor) -> None:
         if self.config.debugging:
             print(f"{stage}: {tuple(tensor.shape)}")
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the encoder's blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def load_npz(self, path: str | Path) -> npz.LoadReport:
+    def load_npz(self, path: str | Path) -> LoadReport:
         """Load a Google ViT checkpoint into the encoder in place; report names of `state_dict()`.
 
         Everything behind `encoder_norm` keeps its initialisation; `anchor_class_token` becomes the file's CLS.
         Raises UserError unless the rest fits; the model is then unchanged.
         """
         leave = () if self.config.encoder_norm else ("norm.",)
-        report = npz.load_npz(self.base_model, path, leave)
+        report = load_npz(self.base_model, path, leave)
         loaded = [f"base_model.{key}" for key in report.loaded]
         if self.anchor_class_token is not None and self.base_model.cls_token is not None:
             with torch.no_grad():
                 self.anchor_class_token.copy_(self.base_model.cls_token)
             loaded.append("anchor_class_token")
-        return npz.LoadReport(tuple(loaded), tuple(key for key in self.state_dict() if key not in loaded))
+        return LoadReport(tuple(loaded), tuple(key for key in self.state_dict() if key not in loaded))
 
     def _layout(self) -> list[Entry]:
         each = self.config.load_fc_layer and self.config.classifier in ("avg_cls", "max_cls")

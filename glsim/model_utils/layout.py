@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from common.models.released import Entry, module, modules
+from common.models.authors_names import Entry, module, modules
 
 # Modules of one block, ours and theirs, in the order of a released file.
 BLOCK = (

@@ -11,7 +11,7 @@ import timm
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.models.released import Entry, ReleasedNames
+from common.models.authors_names import Entry, ReleasedNames
 
 # Name -> timm's model, with the tag of its ImageNet-1k weights, which are torchvision's first.
 NAMES: Mapping[str, str] = MappingProxyType(

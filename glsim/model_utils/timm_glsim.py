@@ -11,13 +11,13 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.models.released import Entry, ReleasedNames
-from common.models.vit import Use, freeze, is_plain, run_block, run_used, select_tokens
+from common.models.authors_names import Entry
+from common.models.vit import Use, freeze, is_plain, select_tokens
 from common.weights import explain_offline
-from glsim.model_utils.glsim import Selection, bounding_boxes, crop, similarity
+from glsim.model_utils.config import check_values
+from glsim.model_utils.glsim import GLSimBase, crop
 
 PREFIX = "gls"
 BASE = "base_model."
@@ -69,12 +69,7 @@ class TimmConfig:
     def __post_init__(self) -> None:
         if not self.model_name.startswith(("glsvit_", "glsdeit")):
             raise UserError(f"there is no model {self.model_name!r}: expected glsvit_* or glsdeit*")
-        for name, allowed in WORDS.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}")
-        for name in ("sd", "token_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: expected 0 or more, and less than 1")
+        check_values(self, WORDS, ("sd", "token_drop"))
         if self.select_top_k and not self.dynamic_anchor:
             raise UserError("select_top_k selects patches as dynamic_anchor does: give both, or neither")
         two = self.select_top_k or (self.dynamic_anchor and self.inference_crops)
@@ -106,7 +101,7 @@ class ConvBlock(nn.Module):
         return tokens + mixed.mT
 
 
-class GLSimTimm(ReleasedNames):
+class GLSimTimm(GLSimBase):
     """GLSim whose encoder is an unmodified timm VisionTransformer, `base_model`: `GLSimTimm("glsvit_...", ...)`.
 
     `kwargs` are the other options of TimmConfig; `pretrained` takes timm's weights. Registers leave behind the encoder.
@@ -147,46 +142,10 @@ class GLSimTimm(ReleasedNames):
         if self.cls_token_crops is not None and not crop_is_read:
             self.cls_token_crops.requires_grad_(False)
 
-    def forward(self, images: Tensor, ret_dist: bool = False) -> Any:
-        """Return logits (B, C) of images (B, 3, S, S), and also the crops (B, 3, S, S) where it crops.
-
-        `ret_dist` adds: the tokens (B, N, D) of the image that `select` takes, the tokens behind each block (L of
-        them), and for each block the attention probabilities and the raw scores, both (B, H, N, N). Raises UserError
-        for images of another shape, and with `ret_dist` for a model whose blocks are not timm's plain ones.
-        """
-        size = self.options.image_size
-        if images.ndim != 4 or images.shape[-2:] != (size, size):
-            raise UserError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {size}, {size})")
-        if ret_dist and not all(map(is_plain, self.base_model.blocks)):
-            raise UserError(f"{self.options.model_name} hands out no attention: its blocks are not timm's plain ones")
-        logits, crops, *dist = self._run(images, ret_dist)
-        if self.options.test_flip and not self.training:
-            logits = (logits + self._run(images.flip(-1))[0]) / 2
-        output = (logits,) if crops is None else (logits, crops)
-        if ret_dist:
-            return (*output, *dist)
-        return logits if crops is None else output
-
-    @torch.no_grad()
-    def select(self, tokens: Tensor, places: Tensor | None = None) -> Selection:
-        """Find the box around the patches most similar to the global representation, given tokens (B, N, D).
-
-        `places` (B, K) says where on the grid the patches among the tokens are, if not all are there.
-        """
-        options, patches = self.options, self._patches(tokens)
-        anchor = patches.mean(1, keepdim=True) if self.base_model.cls_token is None else tokens[:, :1]
-        found = similarity(torch.cat((anchor, patches), dim=1), options.sim_metric)  # (B, K)
-        if options.anchor_random:
-            indices = torch.rand_like(found).topk(options.dynamic_top).indices
-        else:
-            indices = found.topk(options.dynamic_top, largest=options.sim_metric == "cos").indices
-        if places is not None:
-            indices = places.gather(1, indices)
-        return Selection(found, indices, bounding_boxes(indices, self.grid, self.patch_size, options.crop_inclusive))
-
     def _run(self, images: Tensor, ret_dist: bool = False) -> tuple[Any, ...]:
-        """Logits, crops or None, and what `ret_dist` adds."""
         options, crops, vit = self.options, None, self.base_model
+        if ret_dist and not all(map(is_plain, vit.blocks)):
+            raise UserError(f"{options.model_name} hands out no attention: its blocks are not timm's plain ones")
         cropping = options.crops and (self.training or options.inference_crops)
         whole = ret_dist or not cropping or options.reducer != "cls" or vit.cls_token is None
         x, places, *dist = self._encode(images, "learnt" if whole else "seen", ret_dist=ret_dist)
@@ -217,22 +176,13 @@ class GLSimTimm(ReleasedNames):
             places = torch.rand(len(x), self.grid**2, device=x.device).topk(self.kept).indices.sort().values
             x = torch.cat((x[:, : vit.num_prefix_tokens], select_tokens(self._patches(x), places)), dim=1)
         x = vit.norm_pre(x)
-        inter, probabilities, scores = [], [], []
-        for i, block in enumerate(vit.blocks):
-            use: Use = patches if i == len(vit.blocks) - 1 and not self.options.adapter else "learnt"
-            if ret_dist:
-                x, q, k = run_block(block, x)
-                scores.append(q @ k.mT * q.shape[-1] ** -0.5)  # (B, H, N, N)
-                probabilities.append(scores[-1].softmax(-1))
-            elif vit.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_used, block, x, use, use_reentrant=False)
-            else:
-                x = run_used(block, x, use)
-            if self.options.adapter:
-                x = x + self.adapters[i](x)
-            if ret_dist:
-                inter.append(x)
-        return vit.norm(x), places, inter, probabilities, scores
+        x, *dist = self._run_blocks(x, patches, ret_dist)
+        return vit.norm(x), places, *dist
+
+    def _global_first(self, tokens: Tensor) -> Tensor:
+        patches = self._patches(tokens)
+        anchor = patches.mean(1, keepdim=True) if self.base_model.cls_token is None else tokens[:, :1]
+        return torch.cat((anchor, patches), dim=1)
 
     def _patches(self, tokens: Tensor) -> Tensor:
         """The patches among the tokens of timm's model: (B, N, D) -> (B, K, D)."""
@@ -256,13 +206,6 @@ class GLSimTimm(ReleasedNames):
         if self.options.classifier == "pool":
             return tokens.mean(1)
         return torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), dim=1)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the encoder's blocks in the backward pass instead of keeping their activations."""
-        self.base_model.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
 
     def _layout(self) -> list[Entry]:
         """Theirs is one flat module: timm's own parameters, the CLS token of crops, timm's modules, all else."""

@@ -1,6 +1,6 @@
 """TransFG: a Transformer Architecture for Fine-grained Recognition (He et al., AAAI 2022, arXiv 2103.07976).
 
-The official model; what the GFT repository calls "TransFG" is another, in `common.models.transfg`.
+The official model; what the GFT repository calls "TransFG" is another, in `gft.transfg`.
 
 Axes: B batch, L blocks, H heads, N tokens (CLS foremost), R query rows, D width, d head width, C classes.
 """
@@ -20,11 +20,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import npz
 from common.errors import UserError
+from common.models.authors_names import Entry, ReleasedNames, module
 from common.models.google_vit import block_entries, build_google_vit
-from common.models.released import Entry, ReleasedNames, module
 from common.models.vit import embed, run_block, select_tokens
+from common.weights import LoadReport, load_npz
 
 MARGIN = 0.4  # of the contrastive loss
 ROWS = 64  # of an attention matrix, formed at a time
@@ -201,16 +201,16 @@ class TransFG(ReleasedNames):
     def get_classifier(self) -> nn.Module:
         return self.base_model.head
 
-    def load_npz(self, path: str | Path) -> npz.LoadReport:
+    def load_npz(self, path: str | Path) -> LoadReport:
         """Load a Google ViT checkpoint in place, as the released loader does; report names of `state_dict()`.
 
         The file's last block and head are left out: the part layer and the head stay as they are. Its norm is loaded.
         Raises UserError unless exactly the other parameters fit; the model is then unchanged.
         """
         leave = (f"blocks.{len(self.base_model.blocks) - 1}.", "head.")
-        report = npz.load_npz(self.base_model, path, leave)
+        report = load_npz(self.base_model, path, leave)
         loaded, left = (tuple(f"base_model.{key}" for key in keys) for keys in (report.loaded, report.left))
-        return npz.LoadReport(loaded, left)
+        return LoadReport(loaded, left)
 
     def _layout(self) -> list[Entry]:
         return list(_entries(len(self.base_model.blocks)))

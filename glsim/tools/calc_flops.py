@@ -20,8 +20,8 @@ if __name__ == "__main__":  # as the README starts it, inside glsim/: the module
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.errors import UserError
-from common.papers import papers
 from glsim.model_utils.config import MODEL_NAMES, ViTConfig
+from results import all_papers
 
 IMAGE_SIZES = (224, 448, 768, 1024)  # of the table, pixels
 SLIDE_STEP = 12  # of overlapping patches, pixels
@@ -132,7 +132,7 @@ def printed(share: float) -> str:
 
 def table(model_name: str, image_sizes: Sequence[int]) -> str:
     """The shares of each image size, pixels, as text; below them the published ones, where there are any."""
-    figures = next(f for paper in papers() for f in paper.figures if f.id == "selection_cost")
+    figures = next(f for paper in all_papers() for f in paper.figures if f.id == "selection_cost")
     orders = (*figures.complexity, "L H N^2", "L H N^2")
     lines = [["% of the backbone", *COSTS], ["order", *orders]]
     for size in image_sizes:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,87 +23,44 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import sklearn.datasets
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import dist
 from common.data.images import BadImage, load_image
-from common.engine import logits_of
 from common.errors import UserError
 from common.predict import find_images
+from common.train import distributed
+from common.train.precision import Precision
 from glsim.data_utils.datasets import read
 from glsim.data_utils.transforms import mean_std
-from glsim.model_utils.build import build_model, top_patches
-from glsim.model_utils.glsim import ViTGLSim
-from glsim.model_utils.timm_glsim import GLSimTimm
-from glsim.tools.heatmap import MASKS, gather, make_mask, overlay, to_picture
-from glsim.train_utils.demo import demo_settings, write_demo
+from glsim.model_utils.build import top_patches
+from glsim.model_utils.glsim import GLSimBase, ViTGLSim
+from glsim.tools.heatmap import MASKS, masks_of
+from glsim.train_utils.pictures import overlay, to_picture
 from glsim.train_utils.settings import Settings
-from glsim.train_utils.trained import Trained, load_trained
+from glsim.train_utils.trained import Running, Trained, load_trained, not_trained, settings_given
 from glsim.train_utils.yaml_config import CONFIGS, read_config
 
-MEGABYTE = 2**20
-MAX_UPLOAD = 10  # MB a picture
-MAX_REQUEST = MAX_UPLOAD + 1  # MB, with what a browser packs around it
+MAX_UPLOAD = 10 * 2**20  # bytes a picture
 TOP_CLASSES = 5
 EXAMPLES = 12  # shown at most
 KEPT = 4  # checkpoints in memory
 VIEW = 448  # pixels, side of crop and map on the page
 NO_MASK = "none"
-GLSIM = (ViTGLSim, GLSimTimm)
-
-
-class Guard:
-    """Refuses what Gradio would do for a visitor and this page has no use for.
-
-    That is to read a request of any size into memory, and to fetch files of other sites for whoever asks.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        refusal = _refusal(scope) if scope["type"] == "http" else None
-        if refusal is None:
-            await self.app(scope, receive, send)
-            return
-        status, reason = refusal
-        headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": reason.encode()})
-
-
-def _refusal(scope: Mapping[str, Any]) -> tuple[int, str] | None:
-    headers = dict(scope["headers"])
-    length = headers.get(b"content-length", b"0")
-    if b"transfer-encoding" in headers:
-        return 411, "say how long the request is"
-    if int(length) > MAX_REQUEST * MEGABYTE:
-        return 413, f"a picture may have {MAX_UPLOAD} MB"
-    if "file=http" in scope["path"].lower():
-        return 403, "files of this page only"
-    return None
 
 
 def find_checkpoints(given: Sequence[str]) -> dict[str, Path]:
     """Return the checkpoints, folders of runs among them, by `folder/name`; of none, the .pth files of ckpts/.
 
-    Raises UserError where one is missing, where there is none, and where two have one name.
+    Raises UserError where there is none, and where two have one name.
     """
     paths = [Path(path) for path in given] or sorted(Path("ckpts").glob("*.pth"))
+    found = {f"{path.resolve().parent.name}/{path.resolve().stem}": path for path in paths}
     if not paths:
         raise UserError("ckpts/ holds no .pth file: name checkpoints with --ckpt_path, or see the page with --demo")
-    found: dict[str, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"--ckpt_path {path} does not exist: expected a .pth file or the folder of a run")
-        name = f"{path.resolve().parent.name}/{path.resolve().stem}"
-        if name in found:
-            raise UserError(f"--ckpt_path: {path} and {found[name]} would both be called {name}: rename one")
-        found[name] = path
+    if len(found) < len(paths):
+        raise UserError("--ckpt_path: two of the checkpoints have one name, and so have their folders: rename one")
     return found
 
 
@@ -111,25 +68,19 @@ def find_examples(folder: str | None) -> list[Path]:
     """Return the first EXAMPLES pictures of the folder; without one, the two photographs that scikit-learn has."""
     if folder is None:
         return [Path(name) for name in sklearn.datasets.load_sample_images().filenames]
-    if not Path(folder).is_dir():
-        raise UserError(f"--examples {folder} is no folder: expected one with pictures")
     return find_images([folder])[:EXAMPLES]
 
 
-def make_demo(folder: Path, device: torch.device) -> tuple[Trained, list[Path]]:
-    """Write digits to `folder`; return a small GLSim for them, whose weights are random, and one picture a class."""
-    torch.manual_seed(0)
-    settings = Settings(**read_config(CONFIGS / "methods" / "glsim.yaml"))
-    settings = replace(settings, **demo_settings(settings, {}, folder))
-    write_demo(Path(settings.dataset_root_path))
+def write_digits(folder: Path) -> tuple[Settings, list[Path]]:
+    """Write digits to `folder`; return the settings of a small GLSim for them, and one picture a class."""
+    method = read_config(CONFIGS / "methods" / "glsim.yaml")
+    changes = settings_given(Settings(**method), Running(demo=True, output=str(folder)), {})
+    settings = Settings(**(method | changes))
     test = read(settings).test
-    model: Any = build_model(settings, len(test.classes))
-    nn.init.normal_(model.get_classifier().weight, std=0.1)  # zero: every class would be as probable
-    trained = Trained(model.eval().to(device), settings, test.classes, test.transform, "demo")
-    return trained, [test.path(test.labels.index(label)) for label in range(len(test.classes))]
+    return settings, [test.path(test.labels.index(label)) for label in range(len(test.classes))]
 
 
-class Answer(NamedTuple):
+class Shown(NamedTuple):
     """What the page shows."""
 
     classes: dict[str, float]  # the TOP_CLASSES most probable ones, each with its probability
@@ -144,62 +95,53 @@ class Looker:
         self._load = lru_cache(maxsize=KEPT)(load)
         self._lock = Lock()
 
-    def __call__(self, picture: Path, checkpoint: str, top: int, mask: str) -> Answer:
+    def __call__(self, picture: Path, checkpoint: str, top: int, mask: str) -> Shown:
         """Raises UserError for a picture that cannot be read, and for a top or a mask that the model does not have."""
         with self._lock:
             trained = self._load(checkpoint)
             set_top(trained.model, top)
-            return look(trained, load_image(picture), mask)
+            images = trained.transform(load_image(picture))[None].to(trained.device)  # (1, 3, S, S)
+            answer = trained.answer(images, TOP_CLASSES, Precision("fp32", trained.device))
+            drawn = _picture(images, trained)
+            if mask != NO_MASK:
+                drawn = overlay(drawn, masks_of(trained.model, images, [mask])[mask][0])
+        classes = {trained.classes[number]: probability for number, probability in answer.classes[0]}
+        crop = None if answer.crops is None else _view(_picture(answer.crops, trained))
+        return Shown(classes, crop, _view(drawn))
 
     def top(self, checkpoint: str) -> tuple[int, int]:
         """Return the patches that the crop of this model is drawn around, and how many there are; (1, 1) of no crop."""
         with self._lock:
             trained = self._load(checkpoint)
-        if not (isinstance(trained.model, GLSIM) and trained.settings.dynamic_anchor):
+        if not (isinstance(trained.model, GLSimBase) and trained.settings.dynamic_anchor):
             return 1, 1
-        return top_patches(trained.settings), trained.model.base_model.patch_embed.num_patches
+        return top_patches(trained.settings), trained.model.grid**2
 
 
 def set_top(model: nn.Module, top: int) -> None:
     """Let GLSim draw its crop around `top` patches; UserError where there are not so many. Others draw none."""
-    if not isinstance(model, GLSIM):
+    if not isinstance(model, GLSimBase):
         return
-    patches = model.base_model.patch_embed.num_patches
+    patches = model.grid**2
     if not 1 <= top <= patches:
         raise UserError(f"this model cuts a picture into {patches} patches: choose 1 to {patches} of them")
-    if isinstance(model, ViTGLSim):
-        model.config = replace(model.config, dynamic_top=top)
-    else:
-        model.options = replace(model.options, dynamic_top=top)
+    setattr(model, "config" if isinstance(model, ViTGLSim) else "options", replace(model.options, dynamic_top=top))
 
 
-@torch.inference_mode()
-def look(trained: Trained, picture: Image.Image, mask: str) -> Answer:
-    """Raises UserError for a mask that the model does not have."""
-    model, device = trained.model, next(trained.model.parameters()).device
-    images = trained.transform(picture)[None].to(device)  # (1, 3, S, S)
-    output = model(images)
-    best = logits_of(output)[0].float().softmax(-1).topk(min(TOP_CLASSES, len(trained.classes)))
-    classes = {trained.classes[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
-    crop = _view(output[1], trained) if isinstance(output, tuple) else None
-    drawn = _view(images, trained)
-    if mask != NO_MASK:
-        evidence = gather(model, images)
-        values = make_mask(evidence, mask)[0].reshape(evidence.grid).float().cpu().numpy()
-        drawn = Image.fromarray(overlay(np.asarray(drawn), values))
-    return Answer(classes, crop, drawn)
+def _picture(images: Tensor, trained: Trained) -> Any:
+    """The first of the images (B, 3, S, S) as an array of levels."""
+    return to_picture(images[0], *mean_std(trained.settings))
 
 
-def _view(images: Tensor, trained: Trained) -> Image.Image:
-    """Return the first of the images (B, 3, S, S) for the page."""
-    return Image.fromarray(to_picture(images[0], *mean_std(trained.settings))).resize((VIEW, VIEW))
+def _view(picture: Any) -> Image.Image:
+    return Image.fromarray(picture).resize((VIEW, VIEW))
 
 
 def build_page(looker: Looker, checkpoints: Sequence[str], examples: Sequence[Path]) -> Any:
     """Return the Gradio page on which a visitor asks `looker` about a picture; UserError from loading a checkpoint."""
     import gradio
 
-    def answer(picture: str | None, checkpoint: str, top: int, mask: str) -> Answer:
+    def answer(picture: str | None, checkpoint: str, top: int, mask: str) -> Shown:
         if picture is None:
             raise gradio.Error("Choose a picture first.", print_exception=False)
         try:
@@ -249,8 +191,6 @@ def build_page(looker: Looker, checkpoints: Sequence[str], examples: Sequence[Pa
 
 def serve(page: Any, host: str, port: int) -> str:
     """Start the page in the background and return its address. Raises UserError where that is taken or not ours."""
-    from starlette.middleware import Middleware
-
     try:
         page.launch(
             server_name=host,
@@ -258,27 +198,13 @@ def serve(page: Any, host: str, port: int) -> str:
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            max_file_size=MAX_UPLOAD * MEGABYTE,
+            max_file_size=MAX_UPLOAD,
             enable_monitoring=False,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(Guard)]},
         )
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: the page cannot listen there; choose another port") from error
     return str(page.local_url)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ckpt_path", nargs="+", default=[], metavar="F", help="checkpoints [ckpts/*.pth]")
-    parser.add_argument("--examples", metavar="DIR", help="pictures to pick from [two photographs]")
-    parser.add_argument("--host", default="127.0.0.1", metavar="S", help="0.0.0.0: for others too [%(default)s]")
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page [%(default)s]")
-    parser.add_argument("--device", default="auto", metavar="S", help="auto, cpu, cuda, cuda:N, mps [%(default)s]")
-    parser.add_argument(
-        "--demo", action="store_true", help="digits, and without --ckpt_path a model that knows nothing"
-    )
-    return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
@@ -289,13 +215,12 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise UserError("the page needs Gradio: pip install 'gradio>=6.31'") from error
-    device = dist.choose_device(arguments.device, dist.detect())
-    if arguments.demo:
-        trained, examples = make_demo(folder, device)
-    if arguments.examples or not arguments.demo:
+    device = distributed.choose_device(arguments.device, distributed.Launch())
+    settings, examples = write_digits(folder) if arguments.demo else (None, [])
+    if arguments.examples or settings is None:
         examples = find_examples(arguments.examples)
-    if arguments.demo and not arguments.ckpt_path:
-        print("The weights are random: `train.py --demo` makes some that --ckpt_path takes.")
+    if settings is not None and not arguments.ckpt_path:
+        trained = not_trained(settings, device)
         checkpoints, looker = ["random weights"], Looker(lambda name: trained)
     else:
         paths = find_checkpoints(arguments.ckpt_path)
@@ -308,7 +233,14 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 1 for an error of the user."""
-    arguments = _parse(argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ckpt_path", nargs="+", default=[], metavar="F", help="checkpoints [ckpts/*.pth]")
+    parser.add_argument("--examples", metavar="DIR", help="pictures to pick from [two photographs]")
+    parser.add_argument("--host", default="127.0.0.1", metavar="S", help="0.0.0.0: for others too [%(default)s]")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page [%(default)s]")
+    parser.add_argument("--device", default="auto", metavar="S", help="auto, cpu, cuda, cuda:N, mps [%(default)s]")
+    parser.add_argument("--demo", action="store_true", help="digits, and without --ckpt_path an untrained model [off]")
+    arguments = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="glsim-") as folder:
             run(arguments, Path(folder))

@@ -11,30 +11,25 @@ Writes {results_dir}/{dataset}_{model}_{mask}_{serial}.png. --seed chooses the i
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import nn
 
-from common import dist
-from common.data import Images
+from common.cli import Flags, parse
 from common.errors import UserError
-from common.experiment import make_model
-from common.recipe import parse
+from common.train import distributed
 from glsim.data_utils.datasets import read
 from glsim.data_utils.transforms import mean_std
-from glsim.tools import heatmap
-from glsim.tools.inference import Running, check_positive, configure, settings_given
-from glsim.tools.train import EXPERIMENT
-from glsim.train_utils.recipe import Recipe
+from glsim.tools.heatmap import masks_of
+from glsim.train_utils.pictures import beside, draw, overlay, save, to_picture
+from glsim.train_utils.recipe import MAY_BE_ZERO, Recipe
 from glsim.train_utils.settings import Settings, switched_off
-from glsim.train_utils.trained import load_trained
+from glsim.train_utils.trained import Running, Trained, configure, load_trained, not_trained, settings_given
 
 
 @dataclass
@@ -52,51 +47,41 @@ class Request(Recipe):
 def main(argv: list[str] | None = None) -> None:
     """The program; `argv` are the words of its command line."""
     try:
-        request, running, given, _ = parse(Request, Running, __doc__ or "", argv, separator="_", configure=configure)
-        check_positive(request, ("batch_size", "vis_cols", "vis_mask_top"))
-        device = dist.choose_device(running.device, dist.Launch())
+        request, running, given = parse(
+            Request, Running, __doc__ or "", argv, flag=Flags("_"), may_be_zero=MAY_BE_ZERO, configure=configure
+        )
+        device = distributed.choose_device(running.device, distributed.Launch())
         changes = settings_given(request, running, given)
-        settings, model, images = _load(replace(request, **changes), changes, device)
-        path = show(settings, model.eval().to(device), images, request)
+        if request.ckpt_path is not None:
+            trained = load_trained(request.ckpt_path, device, **changes)
+        else:
+            trained = not_trained(Settings(**changes), device, request.seed)
+        print(show(trained, request))
     except UserError as error:
         raise SystemExit(f"vis_dfsm.py: error: {error}") from None
-    print(path)
-
-
-def _load(request: Request, changes: Mapping[str, Any], device: torch.device) -> tuple[Settings, nn.Module, Images]:
-    """The settings, the model and the images: of the checkpoint, or as the command line and its files say."""
-    if request.ckpt_path is not None:
-        trained = load_trained(request.ckpt_path, device, **changes)
-        images = getattr(read(trained.settings), request.vis_split)
-        return trained.settings, trained.model, images.with_transform(trained.transform)
-    data = read(request)
-    if not request.pretrained:
-        print("note: the model has random weights: --pretrained takes ImageNet's, --ckpt_path names a trained model")
-    torch.manual_seed(request.seed)
-    model, _ = make_model(EXPERIMENT, request, len(data.classes), load=True)
-    return request, model, getattr(data, request.vis_split).with_transform(data.test.transform)
 
 
 @torch.inference_mode()
-def show(settings: Settings, model: nn.Module, images: Images, request: Request) -> Path:
+def show(trained: Trained, request: Request) -> Path:
     """Write the figure of random images and return its path."""
     # As released no number means the first block here, and the last one in inference.py.
     mask_name = "attention_0" if request.released and request.vis_mask == "attention" else request.vis_mask
+    images = getattr(read(trained.settings), request.vis_split).with_transform(trained.transform)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed))
     chosen = order[: request.batch_size].tolist()
     inputs = torch.stack([images[i][0] for i in chosen])
-    evidence = heatmap.gather(model, inputs.to(next(model.parameters()).device))
-    masks = heatmap.make_mask(evidence, mask_name).unflatten(1, evidence.grid).cpu().numpy()
-    pictures = [heatmap.to_picture(image, *mean_std(settings)) for image in inputs]
+    masks = masks_of(trained.model, inputs.to(trained.device), [mask_name])[mask_name]
     how = request.vis_mask_pow, request.vis_mask_top, request.vis_mask_color, request.released
     panels = []
-    for index, picture, mask in zip(chosen, pictures, masks, strict=True):
-        below = heatmap.overlay(picture, mask, *how)
-        panels.append((images.classes[images.labels[index]], heatmap.beside([picture, below], axis=0)))
-    name = f"{settings.dataset_name}_{settings.model_name}_{request.vis_mask}_{request.serial}.png"
+    for index, image, mask in zip(chosen, inputs, masks, strict=True):
+        picture = to_picture(image, *mean_std(trained.settings))
+        caption = images.classes[images.labels[index]]
+        panels.append((caption, beside([picture, overlay(picture, mask, *how)], axis=0)))
+    model_name = trained.settings.model_name
+    name = f"{trained.settings.dataset_name}_{model_name}_{request.vis_mask}_{request.serial}.png"
     path = Path(request.results_dir) / name
-    title = f"{request.vis_mask} of {settings.model_name} on {images.name}, {images.split}"
-    heatmap.save(heatmap.draw(panels, request.vis_cols, title), path)
+    title = f"{request.vis_mask} of {model_name} on {images.name}, {images.split}"
+    save(draw(panels, request.vis_cols, title), path)
     return path
 
 

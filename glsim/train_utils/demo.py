@@ -32,7 +32,7 @@ def demo_settings(settings: Settings, given: Mapping[str, Any], output: Path) ->
     changes |= {"pretrained": False, "trivial_aug": False, "horizontal_flip": False, "re": 0.0, "sd": 0.0}
     name = settings.model_name
     patch = re.search(r"patch(\d+)", name)
-    usual = 16 if name in (*MODEL_NAMES, "transfg", "ffvt") else 32 if name in ("cal", *RESNETS) else 64
+    usual = 16 if name in (*MODEL_NAMES, "transfg", "ffvt", "gft") else 32 if name in ("cal", *RESNETS) else 64
     size = given.get("image_size", 4 * int(patch[1]) if patch else usual)
     changes |= {"image_size": size, "resize_size": size, "test_resize_size": size}
     if name in MODEL_NAMES or name.startswith("gls"):
@@ -49,6 +49,8 @@ def _small_model(name: str, patch: int) -> dict[str, Any]:
         return {"model_kwargs": sizes | {"patch_size": patch, "slide_step": max(1, 3 * patch // 4), "dropout": 0.0}}
     if name == "ffvt":
         return {"model_kwargs": sizes | {"patch_size": patch, "num_token": 4, "dropout": 0.0}}
+    if name == "gft":
+        return {"model_kwargs": {"patch_size": patch, "embed_dim": 64, "depth": 9, "num_heads": 4}}
     if name == "cal":
         return {"model_kwargs": {"backbone": "resnet18", "num_maps": 4}, "epochs": 1}
     if name.startswith("gls"):  # as many blocks as masks are asked for in the README

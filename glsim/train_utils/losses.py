@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common.engine import Objective, logits_of
 from common.errors import UserError
+from common.train.loop import Objective, logits_of
 from glsim.train_utils.settings import Settings
 
 OWN_LOSS = ("cal", "transfg")  # models whose loss is more than that of their logits

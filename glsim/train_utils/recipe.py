@@ -5,19 +5,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common import dist
+from common.train import distributed
 from glsim.model_utils.build import NPZ
 from glsim.train_utils.settings import Settings, switched_off
 from glsim.train_utils.yaml_config import CONFIGS, read_config
+
+# Numbers that need not be positive.
+MAY_BE_ZERO = (
+    *("seed", "serial", "weight_decay", "momentum", "warmup_steps", "warmup_epochs", "warmup_lr", "min_lr", "ra", "re"),
+    *("mix_prob", "smoothing", "focal_gamma", "sd", "token_drop", "jitter_prob", "jitter_bcs", "jitter_hue", "blur"),
+    *("greyscale", "solarize_prob", "solarize", "cpu_workers", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
 
 
 @dataclass
 class Recipe(Settings):
     epochs: int = 50  # passes over the training images
-    batch_size: int = 8  # images per process and iteration
-    gradient_accumulation_steps: int = 1  # iterations that an update is made of; they enlarge the batch
+    batch_size: int = 8  # images per process and iteration; the published 8 are over all processes
+    gradient_accumulation_steps: int = 1  # iterations of an optimizer step; they enlarge its batch
     lr: float = 0.01  # learning rate after the warm-up
-    base_lr: float | None = None  # learning rate for 8 images an update, in the place of --lr
+    base_lr: float | None = None  # learning rate for 8 images a step, scaled by the batch; replaces --lr
     opt: str = "sgd"  # optimizer, by timm's name; sgd has Nesterov momentum
     momentum: float = 0.9  # of SGD and of optimizers that have one
     weight_decay: float = 0.0  # on all parameters but vectors
@@ -25,25 +32,25 @@ class Recipe(Settings):
     opt_betas: list[float] | None = None  # betas of the optimizer; none: its own
     clip_grad: float | None = 1.0  # the gradient is clipped to this norm; none: it is not
     sched: Literal["cosine", "linear", "step"] = "cosine"  # how the learning rate falls
-    t_in_epochs: bool = False  # let it change every epoch, not every update
-    warmup_lr: float = 1e-6  # learning rate of the first update
-    warmup_steps: int = 500  # updates in which it rises; 0: see --warmup_epochs
-    warmup_epochs: int = 2  # epochs in which it rises where updates are not said
-    min_lr: float = 1e-5  # where the cosine ends
-    decay_epochs: int = 30  # of the step schedule
-    decay_rate: float = 0.1  # of the step schedule
+    t_in_epochs: bool = False  # change the learning rate every epoch, not every step
+    warmup_lr: float = 1e-6  # learning rate at the start of the warm-up
+    warmup_steps: int = 500  # steps of warm-up; 0: --warmup_epochs holds
+    warmup_epochs: int = 2  # epochs of warm-up, if --warmup_steps is 0 or with --t_in_epochs
+    min_lr: float = 1e-5  # learning rate at the end of the cosine
+    decay_epochs: int = 30  # epochs between two drops of the step schedule
+    decay_rate: float = 0.1  # factor of each drop
     seed: int = 0  # of order, augmentation, dropout and new layers
     fp16: bool = switched_off()  # mixed precision on a GPU; a CPU computes in fp32
     eval_freq: int = 200  # epochs between two evaluations; the last epoch is evaluated too
-    log_freq: int = 100  # updates between two lines of the log
+    log_freq: int = 100  # optimizer steps between two lines of the log
     pin_memory: bool = switched_off()  # page-locked memory on the way to a GPU
     cpu_workers: int = 8  # data-loading processes per training process, at most one a core
     results_dir: str = "results_train"  # checkpoints in the published layout go below it
-    serial: int = 0  # part of their folder's name
+    serial: int = 0  # number at the end of that folder's name
     test_only: bool = False  # evaluate --ckpt_path
-    test_only_bs1: bool = False  # the same, one image at a time: latency of streaming
-    test_multiple: int = 5  # times that the speed is measured in an evaluation
-    vis_errors: bool = False  # evaluate --ckpt_path, and draw what it gets wrong: one contact sheet
+    test_only_bs1: bool = False  # the same one image at a time, for its latency
+    test_multiple: int = 5  # how often an evaluation measures the speed
+    vis_errors: bool = False  # evaluate --ckpt_path, draw its errors on one sheet
     vis_errors_save: bool = False  # a picture of each error too
     released: bool = False  # compute what the released code computed, not what the paper describes
 
@@ -115,9 +122,9 @@ def altered(recipe: Recipe, trained: bool) -> list[str]:
         wanted = vars(Recipe(**(read_config(path, Recipe) | method)))
         changes.append([f"{n} {wanted[n]} -> {vars(recipe)[n]}" for n in sorted(names) if vars(recipe)[n] != wanted[n]])
     found = min(changes, key=len)
-    batch = recipe.batch_size * recipe.gradient_accumulation_steps * dist.size()
+    batch = recipe.batch_size * recipe.gradient_accumulation_steps * distributed.size()
     if trained and batch != Recipe.batch_size:
         found.append(f"batch {Recipe.batch_size} -> {batch}")
     if trained and (recipe.lr not in SEARCHED or recipe.base_lr is not None):
-        found.append(f"lr: one of {', '.join(map(str, SEARCHED))} -> {learning_rate(recipe, dist.size())}")
+        found.append(f"lr: one of {', '.join(map(str, SEARCHED))} -> {learning_rate(recipe, distributed.size())}")
     return found

@@ -1,6 +1,5 @@
 """Optimizer and learning-rate schedule of the published program, by timm's parts."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
+
+FUSED = ("sgd", "nesterov", "momentum", "adam", "adamw")  # timm's names of optimizers that torch has in a fused form
 
 
 def make_optimizer(
@@ -24,8 +25,7 @@ def make_optimizer(
 ) -> Optimizer:
     """Return timm's optimizer `opt`; weight decay leaves out vectors. Its sgd has Nesterov momentum, as published.
 
-    Raises UserError for a name that timm lacks, an optimizer that needs more than gradients, and betas that it cannot
-    have.
+    Raises UserError for a name that timm lacks, and for betas that the optimizer cannot have.
     """
     _check(opt, opt_betas)
     parameters = list(parameters)
@@ -36,20 +36,15 @@ def make_optimizer(
         groups = [{"params": vectors, "weight_decay": 0.0}, {"params": others, "weight_decay": weight_decay}]
     given = (("eps", opt_eps), ("betas", opt_betas))
     more: dict[str, Any] = {name: value for name, value in given if value is not None}
-    optimizer = create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **more)
-    if getattr(optimizer, "is_second_order", False):
-        raise UserError(
-            f"--opt {opt} needs second derivatives, which are not computed: choose another, as sgd or adamw"
-        )
-    return optimizer
+    if opt.lower() in FUSED:
+        more["fused"] = True
+    return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **more)
 
 
 def _check(opt: str, betas: Sequence[float] | None) -> None:
     name = opt.lower().removeprefix("lookahead_")
     if name not in list_optimizers():
-        near = difflib.get_close_matches(name, list_optimizers(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() lists those it has"
-        raise UserError(f"--opt {opt}: timm has no such optimizer; {hint}")
+        raise UserError(f"--opt {opt}: timm has no such optimizer: timm.optim.list_optimizers() lists those it has")
     if betas is None:
         return
     count = get_optimizer_info(name).num_betas

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.amp import Precision
+from common.train.precision import Precision
 
 SHORTEST = 0.2  # seconds that one measurement takes at least
 

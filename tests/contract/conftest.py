@@ -15,10 +15,14 @@ PARTS = ("interrupted", "resume", "machine", "processes", "malicious", "offline"
 COLUMNS = (*PROGRAMS, "others")
 HEAD = """# Reliability: what was broken on purpose, and what held
 
-Made by `make faults`; do not edit. A row is a test of `tests/contract`, which runs the programs as a user does; a cell
-says in how many cases it held, and `-` that it does not concern the program. One that fails fails the command, and the
-page is then not written. A case "at every moment" is dozens of them: each phase of a step, each phase of the saving of
-each file. After every one the run is resumed, and must end like one that was left alone, bit for bit. No GPU was used.
+Made by `make faults`; do not edit. A row is a test of `tests/contract`, which runs the programs as a user does. A cell
+says in how many cases it held; `-`: it does not concern the program. If a case fails, this page is not written.
+
+"At every moment" stands for dozens of cases: each phase of a step, and each phase of saving each file. After each of
+them the run is resumed, and must end like a run that was left alone, bit for bit.
+
+When a process dies, torchrun ends the others and reports which one it was.
+`torchrun --max-restarts 2 ... --resume auto` starts them again, and they go on from the last save. No GPU was used.
 
 """
 

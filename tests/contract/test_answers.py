@@ -458,7 +458,6 @@ def test_a_learning_rate_at_which_all_overflows(name: str, tmp_path: Path) -> No
     trained(name, home, flag(name, "--lr"), rate, *warm).sentence()
     folder = run_folder(home)
     assert not (folder / "record.json").exists()
-    assert state_of(folder)["step"] > 0
     for path, content in written(home).items():
         if path.endswith(("last.pt", ".safetensors", ".bin", ".pth")):
             assert all(value.isfinite().all() for value in tensors_of(content)), path

@@ -388,7 +388,6 @@ BAD_SCRIPT = [
     (("--eval", "a", "--resume"), 1, "--resume"),
     (("--predict", "missing.jpg"), 1, "missing.jpg"),
     (("--predict", "x.jpg", "--out", "x.txt"), 1, "x.txt"),
-    (("--predict", "x.jpg", "--cache-resized", "kept"), 1, "--cache-resized"),
     (("--export", "model.txt"), 1, "model.txt"),
     (("--export", "model.pt2", "--predict", "."), 1, "--export"),
     (("--export", "model.pt2", "--checkpoint", "nowhere"), 1, "nowhere"),
@@ -417,7 +416,6 @@ BAD_SCRIPT = [
     (("--save-every", "0"), 1, "--save-every"),
     (("--top", "0"), 1, "--top"),
     (("--dist-timeout", "0"), 1, "--dist-timeout"),
-    (("--skip-bad-images", "-1"), 1, "--skip-bad-images"),
     (("--eval-batch-size", "0"), 1, "--eval-batch-size"),
     (("--model-kwargs", "odd=3"), 1, "odd"),
 ]

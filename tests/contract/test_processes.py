@@ -36,8 +36,7 @@ STEPS = 12  # two epochs
 # float32 has a loss of 2.3 within 2e-7; shares are summed in another order, and twelve updates carry that on: 4e-7 was
 # measured. A share with a wrong weight changes a loss by 1e-2.
 TOLERANCE = 1e-5
-# After a restart by torchrun today's programs go on by themselves. NEXT VERSION: AGAIN = ("--resume", "auto").
-AGAIN: tuple[str, ...] = ()
+AGAIN = ("--resume", "auto")  # with which a run that torchrun starts again goes on
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

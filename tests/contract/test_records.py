@@ -22,7 +22,8 @@ from scipy import stats
 
 from contract.programs import ENVIRONMENT, METHOD, PROGRAMS, ROOT, new_home, reference, run
 
-RESULTS = ("-m", "common.results")  # after `python`: the command that makes tables of records
+TABLES = "results/README.md"
+RESULTS = ("-m", "results")  # after `python`: the command that makes tables of records
 PLAIN_VIT = ("--model-kwargs", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=2")
 
 
@@ -297,7 +298,7 @@ def half_width(
 
 
 GLSIM_CUB = dict(published=90.93, size=CUB, unit=0.01, deviation=0.24, seeds=3)
-READ_OFF = dict(published=92.09, size=CUB, unit=0.01, reading=0.05)
+READ_OFF = dict(published=92.08, size=CUB, unit=0.01, reading=0.01)
 FFVT_CUB = dict(published=91.6, size=CUB, unit=0.1)
 MOE = dict(published=96.67, unit=0.01, deviation=0.16, seeds=3)
 # row, side -> its records, the verdict, the noise model's numbers (none: nothing is compared)
@@ -473,49 +474,47 @@ def with_test(**values: Any) -> dict[str, Any]:
         ([1], ""),
     ],
 )
-def test_a_broken_record_is_named(entry: Any, names: str, tmp_path: Path) -> None:
-    done = ask("--runs", put(tmp_path, entry))
-    assert (done.returncode, done.stdout) == (2, "")
+def test_a_broken_record_is_named_and_the_others_count(entry: Any, names: str, tmp_path: Path) -> None:
+    runs = put(tmp_path, entry, made())
+    done = ask("--runs", runs, "--csv")
+    assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "record.json" in line
+    assert str(runs / "script" / "20250101-000000-ab" / "record.json") in line
     assert names in line
+    (found,) = [line for line in csv.DictReader(io.StringIO(done.stdout)) if line["side"]]
+    assert (found["best_n"], found["verdict"]) == ("1", "reproduced")
 
 
-def test_the_tables_of_the_readme_are_current() -> None:
-    assert ask("--runs", "records", "--readme", "README.md", "--check").returncode == 0
+def test_the_tables_in_the_tree_are_current(tmp_path: Path) -> None:
+    """Made of the TOML files and of results/records; `python -m results --readme` makes them anew."""
+    assert ask("--readme", tmp_path / "README.md").returncode == 0
+    made_now, in_the_tree = (path.read_text(encoding="utf-8") for path in (tmp_path / "README.md", ROOT / TABLES))
+    assert made_now == in_the_tree
 
 
-def test_tables_are_written_and_checked(tmp_path: Path) -> None:
-    runs, readme = put(tmp_path, made()), tmp_path / "README.md"
-    readme.write_text("# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nEnd\n", encoding="utf-8")
-    before = readme.read_text(encoding="utf-8")
-    assert ask("--runs", runs, "--readme", readme, "--check").returncode == 1
-    assert readme.read_text(encoding="utf-8") == before
+def test_tables_are_written(tmp_path: Path) -> None:
+    runs, readme = put(tmp_path, made(), made(correct=5100, side="released")), tmp_path / "README.md"
     assert ask("--runs", runs, "--readme", readme).returncode == 0
-    after = readme.read_text(encoding="utf-8")
-    assert after.startswith("# Title\n\n<!-- results -->\n")
-    assert after.endswith("<!-- /results -->\n\nEnd\n")
-    assert "old" not in after
-    assert "described: 90.92 (n=1), reproduced" in after
-    assert after.count("not run") == 114
-    assert ask("--runs", runs, "--readme", readme, "--check").returncode == 0
+    text = readme.read_text(encoding="utf-8")
+    assert "| 90.93 ± 0.24<br>described: 90.92 (n=1), reproduced<br>released: 88.02 (n=1), below |" in text
+    assert "| 91.5 (S)<br>not run |" in text
+    assert text.count("not run |") == 114
 
 
 @pytest.mark.parametrize(
     ("words", "names"),
     [
         (("--row", "gft_foot101"), "gft_food101"),
+        (("--row", "???"), "python -m results lists"),
         (("--runs", "absent"), "--runs absent"),
-        (("--check",), "--readme"),
-        (("--readme", "absent.md"), "absent.md"),
-        (("--readme", "absent.md", "--paper", "gft"), "--paper"),
+        (("--readme", "README.md", "--row", "gft_food101"), "--row"),
     ],
 )
 def test_errors_of_the_command(words: tuple[str, ...], names: str, tmp_path: Path) -> None:
     done = ask(*words, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert names in line
+    assert names in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_row_with_all_that_is_known_of_it(tmp_path: Path) -> None:

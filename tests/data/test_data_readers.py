@@ -1,16 +1,35 @@
-"""Aircraft and Food-101: against torchvision's own data sets and plain loops; every kind of missing or damaged file."""
+"""Aircraft, Food-101, COCO, CIFAR: against torchvision and pycocotools, by hand; missing and damaged files."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import pickle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_trees import AIRCRAFT_LISTS, empty_folder, overwrite, remove, sentence, write_aircraft, write_food
-from torchvision.datasets import FGVCAircraft, Food101
+from pycocotools.coco import COCO
+from tiny_trees import (
+    AIRCRAFT_LISTS,
+    coco_annotations,
+    cut,
+    overwrite,
+    remove,
+    sentence,
+    write_aircraft,
+    write_coco,
+    write_food,
+)
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100, FGVCAircraft, Food101
+from torchvision.transforms import v2
 
-from common.data import Images, aircraft, food101
+from common import data as readers
+from common.data import aircraft, coco, facts, food101
 from common.errors import UserError
+
+WRITERS = {"food101": write_food, "aircraft": write_aircraft, "coco": write_coco}
 
 
 def test_food_by_hand(tmp_path: Path) -> None:
@@ -21,7 +40,6 @@ def test_food_by_hand(tmp_path: Path) -> None:
     assert images.labels == [2, 2, 0, 0, 1, 1]
     assert images.paths == [folder / "images" / f"{id_}.jpg" for id_ in images.ids]
     assert (images.name, images.split) == ("food101", "train")
-    assert food101(tmp_path, "test").ids == ["waffles/2", "apple_pie/2", "ramen/2"]
 
 
 def test_aircraft_by_hand(tmp_path: Path) -> None:
@@ -32,13 +50,7 @@ def test_aircraft_by_hand(tmp_path: Path) -> None:
         rows = [line.split(" ", 1) for line in text.splitlines()]
         assert [[id_, images.classes[label]] for id_, label in zip(images.ids, images.labels, strict=True)] == rows
         assert images.paths == [data / "images" / f"{id_}.jpg" for id_ in images.ids]
-        assert (images.name, images.split) == ("aircraft", split)
-
-
-def test_variants_keep_the_order_of_the_file(tmp_path: Path) -> None:
-    data = write_aircraft(tmp_path)
     (data / "variants.txt").write_text("Cessna 172\n707-320\n")
-    assert aircraft(tmp_path, "train").classes == ["Cessna 172", "707-320"]
     assert aircraft(tmp_path, "train").labels == [0, 1]
 
 
@@ -48,9 +60,8 @@ def test_food_equals_torchvision(demo_root: Path, split: str) -> None:
     assert images.classes == reference.classes
     assert images.labels == reference._labels
     assert images.paths == [Path(path) for path in reference._image_files]
-    for index in (0, len(images) // 2, len(images) - 1):
-        (mine, label), (theirs, same) = images[index], reference[index]
-        assert (label, mine.tobytes()) == (same, theirs.tobytes())
+    (mine, label), (theirs, same) = images[5], reference[5]
+    assert (label, mine.tobytes()) == (same, theirs.tobytes())
 
 
 @pytest.mark.parametrize("split", ["train", "val", "trainval", "test"])
@@ -63,7 +74,136 @@ def test_aircraft_equals_torchvision(demo_root: Path, split: str) -> None:
     assert (label, mine.tobytes()) == (same, theirs.tobytes())
 
 
-def test_a_relative_root_and_a_string_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# COCO
+
+
+def test_coco_by_hand(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    images = coco(tmp_path, "val2017")
+    assert images.classes == ["bicycle", "cat", "toothbrush"]
+    assert (images.ids, images.labels) == (["900", "5", "31", "8"], [0, 2, 2, 0])
+    assert images.paths == [tmp_path / "coco/val2017" / f"{int(id_):012d}.jpg" for id_ in images.ids]
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_coco_equals_pycocotools(demo_root: Path, split: str) -> None:
+    """The first annotation listed for an image, categories by sorted id."""
+    api = COCO(str(demo_root / f"coco/annotations/instances_{split}.json"))
+    number = {category: label for label, category in enumerate(sorted(api.getCatIds()))}
+    rows = []
+    for image in api.imgs:
+        boxes = api.getAnnIds(imgIds=image)
+        if boxes:
+            label = number[api.loadAnns(boxes[0])[0]["category_id"]]
+            rows.append((str(image), api.loadImgs(image)[0]["file_name"], label))
+    images = coco(demo_root, split)
+    assert list(zip(images.ids, [path.name for path in images.paths], images.labels, strict=True)) == rows
+    assert 250 < len(rows) < len(api.imgs)
+
+
+def test_the_index_is_used_while_the_file_is_the_same(tmp_path: Path) -> None:
+    annotations = write_coco(tmp_path)
+    first = coco(tmp_path, "val2017")
+    stat = annotations.stat()
+    annotations.write_text("x" * stat.st_size)
+    os.utime(annotations, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = coco(tmp_path, "val2017")
+    assert second.fingerprint() == first.fingerprint()
+    assert (second.ids, second.paths, second.classes) == (first.ids, first.paths, first.classes)
+    content = coco_annotations()
+    content["annotations"].reverse()
+    annotations.write_text(json.dumps(content))  # the same size
+    os.utime(annotations, ns=(0, stat.st_mtime_ns + 1))
+    assert coco(tmp_path, "val2017").labels == [2, 0, 2, 2]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}'])
+def test_a_damaged_index_is_built_anew(tmp_path: Path, damage: str) -> None:
+    index = write_coco(tmp_path).with_name("instances_val2017.index.json")
+    expected = coco(tmp_path, "val2017")
+    content = index.read_text()
+    index.write_text(damage)
+    assert coco(tmp_path, "val2017").labels == expected.labels
+    assert index.read_text() == content
+
+
+def test_a_folder_that_cannot_be_written_costs_the_index_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotations = write_coco(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert len(coco(tmp_path, "val2017")) == 4
+    assert {path.name for path in annotations.parent.iterdir()} == {f"instances_{s}2017.json" for s in ("train", "val")}
+
+
+# CIFAR
+
+
+def publish_cifar(source: type[CIFAR10], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes files of the published form with a few random images, and has torchvision take them for the published."""
+    random = np.random.default_rng(0)
+    key = source.meta["key"]
+    folder.mkdir(parents=True)
+    for part in ("train_list", "test_list"):
+        listed = []
+        for file, _ in getattr(source, part):
+            images = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+            content = pickle.dumps({"data": images, key.replace("label_names", "labels"): [3, 0, 1, 9]})
+            (folder / file).write_bytes(content)
+            listed.append([file, hashlib.md5(content).hexdigest()])
+        monkeypatch.setattr(source, part, listed)
+    content = pickle.dumps({key: [f"class {number}" for number in range(10)]})
+    (folder / source.meta["filename"]).write_bytes(content)
+    monkeypatch.setitem(source.meta, "md5", hashlib.md5(content).hexdigest())
+
+
+@pytest.mark.parametrize("source", [CIFAR10, CIFAR100])
+@pytest.mark.parametrize("beside", [True, False])
+def test_cifar_equals_torchvision(
+    source: type[CIFAR10], beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torchvision puts it, at the data root."""
+    name = source.__name__.lower()
+    root = tmp_path if beside else tmp_path / name
+    publish_cifar(source, root / source.base_folder, monkeypatch)
+    for split in ("train", "test"):
+        images, reference = getattr(readers, name)(tmp_path, split), source(root, train=split == "train")
+        assert (images.classes, images.labels) == (reference.classes, reference.targets)
+        assert images.ids[3] == f"{split}/00003"
+        for (mine, label), (theirs, same) in zip(images, reference, strict=True):
+            assert (label, mine.mode, mine.tobytes()) == (same, theirs.mode, theirs.tobytes())
+
+
+def test_cifar_of_another_checksum_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / CIFAR10.base_folder
+    publish_cifar(CIFAR10, folder, monkeypatch)
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "called"),)
+
+    (folder / "test_batch").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError) as caught:
+        readers.cifar10(tmp_path, "test")
+    sentence(caught.value, folder, "MD5", "www.cs.toronto.edu", "--data-root")
+    assert not (tmp_path / "called").exists()
+
+
+def test_cifar_in_workers(demo_root: Path) -> None:
+    images = readers.cifar100(demo_root, "test")
+    part = images.subset([7, 3]).with_transform(v2.PILToTensor())
+    pixels, labels = next(iter(DataLoader(pickle.loads(pickle.dumps(part)), batch_size=2, num_workers=1)))
+    assert labels.tolist() == [images.labels[7], images.labels[3]]
+    for index, original in enumerate((7, 3)):
+        assert (pixels[index].permute(1, 2, 0).numpy() == np.asarray(images[original][0])).all()
+
+
+# Nothing there, or something wrong
+
+
+def test_a_relative_root_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_food(tmp_path)
     monkeypatch.chdir(tmp_path)
     images = food101(".", "train")
@@ -71,114 +211,42 @@ def test_a_relative_root_and_a_string_will_do(tmp_path: Path, monkeypatch: pytes
     assert images[0][0].size == (8, 6)
 
 
-@pytest.mark.parametrize("reader", [aircraft, food101])
-def test_an_unknown_split_is_named(tmp_path: Path, reader: Callable[[Path, str], Images]) -> None:
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_unknown_split_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
-        reader(tmp_path, "validation")
-    sentence(caught.value, "'validation'", "train, ")
+        getattr(readers, name)(tmp_path, "validation")
+    sentence(caught.value, "'validation'", ", ".join(facts(name).counts))
 
 
-# Nothing there: what was looked for, where, where to get it.
+LIST, INSTANCES = "images_variant_train.txt", "annotations/instances_train2017.json"
+DAMAGE: list[tuple[str, Any, str, str]] = [  # data set, what is done, file that the sentence names, what it says
+    ("food101", remove("."), "meta/train.json", "is not there"),
+    ("food101", overwrite("meta/train.json", ""), "meta/train.json", "is empty"),
+    ("food101", overwrite("meta/train.json", '{"waffles": ["waffles/3", "waf'), "meta/train.json", "cut short"),
+    ("food101", overwrite("meta/train.json", b"\xff\xd8"), "meta/train.json", "cannot be read"),
+    ("food101", overwrite("meta/train.json", '{"a": ["../../../etc/passwd"]}'), "images/../../../etc", "not lie below"),
+    ("food101", remove("images"), "images/waffles/3.jpg", "(6 of 6 listed images are missing)"),
+    ("food101", remove("images/ramen/1.jpg"), "images/ramen/1.jpg", "(1 of 6 listed images are missing)"),
+    ("aircraft", remove("variants.txt"), "variants.txt", "is not there"),
+    ("aircraft", overwrite("variants.txt", "707-320\nCessna"), LIST, "Cessna"),
+    ("aircraft", overwrite(LIST, "0000003 Cessna 172\n"), LIST, "707-320"),
+    ("aircraft", overwrite(LIST, "0000003\n"), LIST, "'0000003'"),
+    ("aircraft", overwrite(LIST, "0000003 Cessna 172\n0000003 707-320\n"), LIST, "0000003 2 times"),
+    ("aircraft", remove("images/0000001.jpg"), "images/0000001.jpg", "(1 of 2 listed images are missing)"),
+    ("coco", remove(INSTANCES), INSTANCES, "is not there"),
+    ("coco", cut(INSTANCES, 20), INSTANCES, "cut short"),
+    ("coco", remove("train2017/000000000005.jpg"), "train2017/000000000005.jpg", "(1 of 4 listed images are missing)"),
+]
 
 
-@pytest.mark.parametrize(
-    ("reader", "folder", "host"),
-    [
-        (aircraft, "fgvc-aircraft-2013b", "www.robots.ox.ac.uk"),
-        (food101, "food-101", "data.vision.ee.ethz.ch"),
-    ],
-)
-@pytest.mark.parametrize("state", ["no root", "no folder", "empty folder", "a file"])
-def test_no_data(tmp_path: Path, reader: Callable[[Path, str], Images], folder: str, host: str, state: str) -> None:
-    root = tmp_path / "data"
-    if state != "no root":
-        root.mkdir()
-    if state == "empty folder":
-        (root / folder).mkdir()
-    if state == "a file":
-        (root / folder).touch()
-    with pytest.raises(UserError) as caught:
-        reader(root, "train")
-    sentence(caught.value, root / folder, host, "--data-root", "--no-download")
-
-
-FOOD_DAMAGE = {
-    "meta missing": (remove("meta"), "meta/train.json", "is not there"),
-    "list missing": (remove("meta/train.json"), "meta/train.json", "is not there"),
-    "list empty": (overwrite("meta/train.json", ""), "meta/train.json", "is empty"),
-    "list cut short": (overwrite("meta/train.json", '{"waffles": ["waffles/3", "waf'), "meta/train.json", "cut short"),
-    "list of another kind": (overwrite("meta/train.json", "[1, 2]"), "meta/train.json", "not an object"),
-    "list binary": (lambda folder: (folder / "meta/train.json").write_bytes(b"\xff\xd8"), "meta/train.json", "text"),
-    "list nested": (overwrite("meta/train.json", "[" * 200_000), "meta/train.json", "cut short"),
-    "class empty": (overwrite("meta/train.json", '{"ramen": []}'), "meta/train.json", "'ramen'"),
-    "class of numbers": (overwrite("meta/train.json", '{"ramen": [1]}'), "meta/train.json", "lists 1 under"),
-    "class of others": (overwrite("meta/train.json", '{"ramen": ["waffles/1"]}'), "meta/train.json", "'ramen/...'"),
-    "image twice": (overwrite("meta/train.json", '{"ramen": ["ramen/1", "ramen/1"]}'), "meta/train.json", "2 times"),
-    "class lost": (
-        overwrite("meta/train.json", json.dumps({"ramen": ["ramen/1"], "waffles": ["waffles/1"]})),
-        "meta/train.json",
-        "'apple_pie'",
-    ),
-    "images missing": (remove("images"), "images", "is not there"),
-    "images empty": (empty_folder("images"), "images", "is empty"),
-    "class folder missing": (remove("images/ramen"), "images/ramen", "is not there"),
-    "class folder empty": (empty_folder("images/ramen"), "images/ramen", "is empty"),
-    "image missing": (remove("images/waffles/3.jpg"), "images/waffles", "lacks 1 of the 2 listed images"),
-}
-
-
-@pytest.mark.parametrize("kind", FOOD_DAMAGE)
-def test_damaged_food(tmp_path: Path, kind: str) -> None:
-    damage, relative, part = FOOD_DAMAGE[kind]
-    folder = write_food(tmp_path)
+@pytest.mark.parametrize("number", range(len(DAMAGE)))
+def test_damage_is_one_sentence(tmp_path: Path, number: int) -> None:
+    name, damage, file, part = DAMAGE[number]
+    folder = WRITERS[name](tmp_path) if name != "coco" else write_coco(tmp_path).parents[1]
     damage(folder)
     with pytest.raises(UserError) as caught:
-        food101(tmp_path, "train")
-    sentence(caught.value, folder / relative, part, "data.vision.ee.ethz.ch", "--data-root")
-
-
-LIST = "images_variant_train.txt"
-AIRCRAFT_DAMAGE = {
-    "variants missing": (remove("variants.txt"), "variants.txt", "is not there"),
-    "variants empty": (overwrite("variants.txt", "\n"), "variants.txt", "is empty"),
-    "variant twice": (overwrite("variants.txt", "707-320\nCessna 172\n707-320\n"), "variants.txt", "707-320 2 times"),
-    "variants cut short": (overwrite("variants.txt", "707-320\nCessna"), LIST, "line 1"),
-    "variant without images": (overwrite("variants.txt", "707-320\nCessna 172\nTu-154\n"), LIST, "'Tu-154'"),
-    "list missing": (remove(LIST), LIST, "is not there"),
-    "list empty": (overwrite(LIST, ""), LIST, "is empty"),
-    "list cut at a line": (overwrite(LIST, "0000003 Cessna 172\n"), LIST, "'707-320'"),
-    "list cut in a line": (overwrite(LIST, "0000003 Cessna 172\n0000001 707-"), LIST, "line 2"),
-    "list without variants": (overwrite(LIST, "0000003\n"), LIST, "line 1"),
-    "image twice": (overwrite(LIST, "0000003 Cessna 172\n0000003 707-320\n"), LIST, "0000003 2 times"),
-    "images missing": (remove("images"), "images", "is not there"),
-    "images empty": (empty_folder("images"), "images", "is empty"),
-    "image missing": (remove("images/0000001.jpg"), "images", "lacks 1 of the 2 listed images"),
-    "data missing": (remove("."), "", "is empty"),
-}
-
-
-@pytest.mark.parametrize("kind", AIRCRAFT_DAMAGE)
-def test_damaged_aircraft(tmp_path: Path, kind: str) -> None:
-    damage, relative, part = AIRCRAFT_DAMAGE[kind]
-    data = write_aircraft(tmp_path)
-    damage(data)
-    with pytest.raises(UserError) as caught:
-        aircraft(tmp_path, "train")
-    sentence(caught.value, data / relative if relative else data.parent, part, "www.robots.ox.ac.uk", "--data-root")
-
-
-def test_food_without_classes_txt_will_do(tmp_path: Path) -> None:
-    (write_food(tmp_path) / "meta/classes.txt").unlink()
-    assert len(food101(tmp_path, "train")) == 6
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_a_list_that_may_not_be_read(tmp_path: Path) -> None:
-    folder = write_food(tmp_path)
-    (folder / "meta/train.json").chmod(0)
-    with pytest.raises(UserError) as caught:
-        food101(tmp_path, "train")
-    sentence(caught.value, folder / "meta/train.json", "cannot be read")
+        getattr(readers, name)(tmp_path, "train2017" if name == "coco" else "train")
+    sentence(caught.value, folder / file, part, facts(name).source, "--data-root")
 
 
 def test_files_are_found_by_listing_folders_only(demo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,38 +5,39 @@ import copy
 import pytest
 import torch
 from formula import fill_image
-from parity.ffvt_steps import CPU, formula_model, make_trainer
+from parity.ffvt_steps import formula_images, formula_model, train
+from tiny_run import CPU
 
-from common.experiment import Options
-from ffvt.train import EXPERIMENT, Recipe, optimize, rate_factor
+from common.cli import Options
+from common.train.checkpoint import read_sums
+from ffvt.train import Recipe, make_precision, optimize, rate_factor
 
 
 def test_no_gradient_of_one_epoch_leaks_into_the_next() -> None:
     """The released loop leaves the micro-batches that an epoch has over in .grad, and the next update takes them in."""
     recipe = Recipe("t", num_steps=4, warmup_steps=1, gradient_accumulation_steps=3, max_grad_norm=1e9)
-    trainer = make_trainer(recipe, batch_size=9)  # two steps an epoch, of 9 and 3 images
-    steps = trainer.run()
-    assert [next(steps), next(steps)] == [1, 2]
-    before = copy.deepcopy(trainer.model)
-    assert next(steps) == 3
-    before.train()(trainer.images.images[:9], torch.tensor([(3 * s + 1) % 10 for s in range(9)]))[0].backward()
-    for one, other in zip(before.parameters(), trainer.model.parameters(), strict=True):
+    _, state, steps = train(recipe, batch_size=9)  # two steps an epoch, of 9 and 3 images
+    next(steps), next(steps)
+    before = copy.deepcopy(state.model)
+    next(steps)
+    images, labels = formula_images(12).images[:9], torch.tensor(formula_images(9).labels)
+    before.train()(images, labels)[0].backward()
+    for one, other in zip(before.parameters(), state.model.parameters(), strict=True):
         # Three sums of three images and one of nine: entries are off by a share of the largest.
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-5 * max(0.1, one.grad.abs().max().item()))
 
 
 def test_accumulation_equals_the_large_batch() -> None:
-    recipes = [
-        Recipe("t", learning_rate=0.05, warmup_steps=1, num_steps=4, gradient_accumulation_steps=parts)
-        for parts in (1, 2)
-    ]
-    whole, parts = (make_trainer(recipe, batch_size=6) for recipe in recipes)
-    for trainer in (whole, parts):
-        assert list(trainer.run()) == [1, 2, 3, 4]
-    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+    states = []
+    for parts in (1, 2):
+        more = {"gradient_accumulation_steps": parts}
+        _, state, steps = train(Recipe("t", learning_rate=0.05, warmup_steps=1, num_steps=4, **more), batch_size=6)
+        assert len(list(steps)) == 4
+        read_sums(state)
+        states.append(state)
+    for one, other in zip(*(state.model.parameters() for state in states), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    sums = [trainer.report() for trainer in (whole, parts)]
-    assert sums[0]["loss"] == pytest.approx(sums[1]["loss"], abs=1e-5)
+    assert states[0].logged == pytest.approx(states[1].logged, abs=1e-5)
 
 
 def test_without_warm_up() -> None:
@@ -48,7 +49,7 @@ def test_static_and_dynamic_loss_scale() -> None:
     model = formula_model()
     optimizer, _ = optimize(Recipe("t"), model.parameters())
     for scale, expected in ((0.0, 2.0**20), (1024.0, 1024.0)):
-        precision = EXPERIMENT.precision(Recipe("t", loss_scale=scale), Options(precision="fp16"), CPU)
+        precision = make_precision(Recipe("t", loss_scale=scale), Options(precision="fp16"), CPU)
         assert precision.scaler.get_scale() == expected
         model(fill_image(2, 3, 64, 64), torch.tensor([3, 7]))[0].backward()
         model.base_model.cls_token.grad.fill_(float("inf"))

@@ -113,8 +113,3 @@ def images_for(model, batch=2):
     """Images of the size that the model takes."""
     options = getattr(model, "options", model.config)
     return images(batch, getattr(options, "image_size", 64))
-
-
-def assert_uniform(tensor, bound):
-    """Drawn uniformly from -bound to bound, as far as the largest of many says it."""
-    assert 0.95 * bound < tensor.abs().max().item() <= bound

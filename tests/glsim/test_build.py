@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from common.errors import UserError
@@ -52,19 +51,6 @@ def test_a_frozen_backbone_keeps_the_statistics_of_batchnorm() -> None:
     assert int(built.bn1.num_batches_tracked) == 1
 
 
-def test_a_frozen_backbone_of_several_processes_too() -> None:
-    """They convert the BatchNorms after the model is built."""
-    model: Any = build_model(Settings(model_name="resnet10t", freeze_backbone=True), 5)
-    model = convert_sync_batchnorm(model).train()
-    model(torch.randn(4, 3, 32, 32))  # a SyncBatchNorm in training needs a GPU
-    assert int(model.bn1.num_batches_tracked) == 0
-
-
-def test_a_resnet_pools_whether_said_or_not() -> None:
-    said, unsaid = (build_model(Settings(model_name="resnet50", classifier=name), 5) for name in ("pool", "cls"))
-    assert said.config == unsaid.config
-
-
 def test_timm_models_by_name() -> None:
     settings = Settings(model_name="vit_tiny_patch16_224", image_size=48, sd=0.3, model_kwargs={"depth": 2})
     vit: Any = build_model(settings, 5)
@@ -78,37 +64,24 @@ def test_timm_models_by_name() -> None:
 
 TIMM_VIT = "glsvit_tiny_patch16_224"
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    # Options that the model has no use for: the sentence is `--option value: model`.
-    ("transfg", {"dynamic_anchor": True}, ""),
-    ("resnet18", {"aggregator": True}, ""),
-    ("vit_b16", {"select_top_k": True}, ""),
-    ("vit_b16", {"inference_crops": False}, ""),
-    (TIMM_VIT, {"hidden_size": 64}, ""),
-    ("densenet121", {"sd": 0.1}, ""),
-    ("hrnet_w18_small", {"sd": 0.1}, ""),
-    ("transfg", {"classifier": "pool"}, ""),
-    ("resnet50", {"classifier": "cls_pool"}, ""),
-    ("resnet18", {"classifier": "pool"}, ""),
-    *((name, {"dynamic_top": 4}, "") for name in ("resnet50", "resnet18")),
-    *((name, {"cal_single_crop": True}, "") for name in ("vit_b16", TIMM_VIT, "transfg", "resnet18")),
-    # All else.
-    ("vit_bs16", {}, r"--model_name vit_bs16: .* did you mean vit_\w+16"),
+    ("transfg", {"dynamic_anchor": True}, "--dynamic_anchor True: transfg"),
+    ("gft", {"aggregator": True}, "--aggregator True: gft"),
+    ("vit_b16", {"select_top_k": True}, "--select_top_k True: vit_b16"),
+    (TIMM_VIT, {"hidden_size": 64}, "--hidden_size 64"),
+    ("densenet121", {"sd": 0.1}, "--sd 0.1"),
+    ("resnet50", {"classifier": "cls_pool"}, "--classifier cls_pool"),
+    ("vit_b16", {"cal_single_crop": True}, "--cal_single_crop True"),
+    ("vit_bs16", {}, "--model_name vit_bs16: .*vit_b16.*gft"),
     ("vit_b16", {"dynamic_anchor": True, "dynamic_top": 197}, "dynamic_top 197: expected 1 to 196"),
     ("vit_b16", {"image_size": 225}, "image_size 225: expected a multiple of the patch size 16"),
-    ("glsvit_nothing", {}, "vit_nothing"),
     (TIMM_VIT, {"image_size": 225}, "225"),
-    *((name, {"freeze_backbone": True}, f"--freeze_backbone: {name}") for name in ("transfg", "ffvt", "cal")),
-    *(("cal", {"model_kwargs": {"backbone": name}}, f"backbone={name}") for name in ("foo", "resnet10t", 7)),
-    *((name, {"pretrained": True}, f"weights for {name}: .*--ckpt_path") for name in ("vit_t16", "vit_s16", "vit_b8")),
-    ("resnet50_in21k", {"pretrained": True}, "resnet50_in21k"),
+    *((name, {"freeze_backbone": True}, f"--freeze_backbone: {name}") for name in ("transfg", "ffvt", "cal", "gft")),
+    ("vit_t16", {"pretrained": True}, "weights for vit_t16: .*--ckpt_path"),
 ]
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
 def test_what_cannot_be_built_is_a_sentence(name: str, changes: dict[str, Any], message: str) -> None:
     settings = Settings(model_name=name, **changes)
-    for option, value in () if message else changes.items():
-        message = f"--{option} {value}: {name}"
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message):
         build_model(settings, 5, settings.pretrained)
-    assert "\n" not in str(caught.value)

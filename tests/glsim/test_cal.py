@@ -3,21 +3,16 @@
 What it shares with the other models is in test_glsim_families.py, the released figures in tests/parity.
 """
 
-import copy
 import math
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from small_models import LABELS
 from small_models import cal as tiny
 from torch import nn
 
-from common.errors import UserError
-from common.weights import load_checkpoint, load_weights
-from glsim.model_utils import cal
-from glsim.model_utils.cal import CAL, CENTER_RATE, Classifier, attended, bilinear_pooling, padded_boxes
+from glsim.model_utils.cal import CENTER_RATE, Classifier, attended, bilinear_pooling, padded_boxes
 
 
 def images(batch=2, size=64):
@@ -39,19 +34,6 @@ def test_bilinear_pooling_equals_loops_in_float64(shape):
         roots = [math.copysign(math.sqrt(abs(mean) + 1e-6), mean) if mean else 0.0 for mean in means]
         norm = math.sqrt(sum(root**2 for root in roots)) or 1.0
         assert pooled[row].tolist() == pytest.approx([root / norm for root in roots], abs=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_bilinear_pooling_and_logits_are_float32_under_autocast(dtype):
-    generator = torch.Generator().manual_seed(0)
-    features, maps = torch.rand(2, 2, 6, 4, 4, generator=generator).to(dtype)
-    with torch.autocast("cpu", dtype):
-        pooled = bilinear_pooling(features, maps)
-    assert pooled.dtype == torch.float32
-    assert torch.equal(pooled, bilinear_pooling(features.float(), maps.float()))
-    with torch.autocast("cpu", dtype), torch.no_grad():
-        seen = tiny().look(images())
-    assert (seen.maps.dtype, seen.logits.dtype, seen.effect.dtype) == (dtype, torch.float32, torch.float32)
 
 
 def slow_attended(heat, share, size):
@@ -118,56 +100,6 @@ def test_evaluation_is_the_mean_over_the_image_its_crops_and_the_same_mirrored()
     assert not torch.allclose(model(batch), logits, atol=1e-3)
 
 
-@torch.no_grad()
-def test_augmentation_crops_around_one_map_and_drops_what_another_attends_to(monkeypatch):
-    monkeypatch.setattr(cal, "CROP_TRAIN", (0.5, 0.5))
-    monkeypatch.setattr(cal, "DROP_TRAIN", (0.3, 0.3))
-    batch = images(3, 32)
-    maps = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) ** 6
-    possible = []
-    for image, heats in zip(batch, maps, strict=True):
-        crops = [slow_crop(image, slow_box(slow_attended(heat, 0.5, 32))) for heat in heats]
-        drops = [torch.where(slow_attended(heat, 0.3, 32), torch.zeros(()), image) for heat in heats]
-        possible.append((crops, drops))
-    model, counts = tiny(), {}
-    for _ in range(40):
-        cropped, dropped = model.augment(batch, maps).chunk(2)
-        for row, (crops, drops) in enumerate(possible):
-            from_map = [torch.allclose(cropped[row], crop, atol=1e-5) for crop in crops].index(True)
-            less_map = [torch.equal(dropped[row], drop) for drop in drops].index(True)
-            counts[from_map, less_map] = counts.get((from_map, less_map), 0) + 1
-    assert len(counts) == 4  # each map for each purpose, independently
-
-
-@torch.no_grad()
-def test_strong_maps_are_drawn_more_often_and_thresholds_from_their_ranges(monkeypatch):
-    seen = []
-    monkeypatch.setattr(cal, "attended", lambda maps, shares, size: seen.append((maps, shares)) or maps > 9)
-    maps = torch.tensor([1.0, 4.0, 9.0, 0.0])[None, :, None, None].expand(3000, 4, 2, 2)
-    torch.manual_seed(0)
-    tiny().augment(torch.zeros(3000, 3, 2, 2), maps)
-    for (drawn, shares), (low, high) in zip(seen, ((0.4, 0.6), (0.2, 0.5)), strict=True):
-        for value, share in ((1, 1 / 6), (4, 2 / 6), (9, 3 / 6), (0, 0)):  # square roots of 1, 4, 9
-            assert (drawn[:, 0, 0] == value).float().mean().item() == pytest.approx(share, abs=0.03)
-        assert low <= shares.min() < low + 0.01
-        assert high - 0.01 < shares.max() <= high
-
-
-@torch.no_grad()
-def test_counterfactual_attention_is_random_with_mean_one_in_training_and_one_in_evaluation(monkeypatch):
-    model, batch = tiny(), images()
-    expected = model.look(batch)
-    uniform = bilinear_pooling(model.base_model(batch), torch.ones_like(expected.maps))
-    torch.testing.assert_close(expected.effect, expected.logits - model.classifier(100 * uniform))
-    model.training = True  # BatchNorm stays in evaluation
-    first, second = model.look(batch), model.look(batch)
-    assert torch.equal(first.logits, expected.logits)
-    assert not torch.equal(first.effect, second.effect)
-    assert torch.equal(model(batch), first.logits)  # without labels
-    monkeypatch.setattr(torch, "rand_like", lambda maps: torch.full_like(maps, 0.5))
-    assert torch.equal(model.look(batch).effect, expected.effect)
-
-
 def smoothed(logits, labels, smoothing):
     log_p = logits.log_softmax(-1)
     rows = torch.arange(len(labels))
@@ -216,60 +148,4 @@ def test_centres_follow_the_mean_features_of_their_class():
     torch.testing.assert_close(classifier.feature_center, expected)
 
 
-def test_centres_are_a_buffer_that_training_alone_changes():
-    model = tiny()
-    center = model.classifier.feature_center
-    assert dict(model.named_buffers())["classifier.feature_center"] is center
-    assert (center.shape, center.requires_grad, center.grad_fn) == ((10, 4 * 512), False, None)
-    assert "classifier.feature_center" in model.state_dict()
-    assert copy.deepcopy(model).double().classifier.feature_center.dtype == torch.float64
-    model(images(), LABELS)
-    assert not center.any()
-    model.train()(images(), LABELS)[0].backward()
-    assert center.grad_fn is None
-    assert center.any(1).nonzero().flatten().tolist() == LABELS.tolist()
-
-
 # Files and refusals.
-
-
-def test_files_of_ours_of_the_authors_and_of_a_resnet_load(tmp_path):
-    trained, file = tiny(num_classes=5), tmp_path / "model.pth"
-    trained.train()(images(), LABELS % 5)
-    torch.save(trained.state_dict(), file)
-    same = tiny(num_classes=5, seed=1)
-    load_checkpoint(same, file)
-    assert all(torch.equal(value, same.state_dict()[key]) for key, value in trained.state_dict().items())
-    left = ["classifier.weight", "classifier.feature_center"]
-    assert load_weights(tiny(), file)["left"] == left  # 10 classes here, 5 there
-    with pytest.raises(UserError, match="trained for 5 classes, but this model has 10"):
-        load_checkpoint(tiny(), file)
-    torch.save({"model": {f"model.{key}": value for key, value in trained.released_state_dict().items()}}, file)
-    load_checkpoint(same, file)
-    assert not same.classifier.feature_center.any()
-    assert load_weights(tiny(), file)["left"] == left
-    backbone = timm.create_model("resnet18")
-    torch.save(backbone.state_dict(), file)
-    model = tiny()
-    assert set(load_weights(model, file)["left"]) == {key for key in model.state_dict() if "base_model" not in key}
-    assert torch.equal(model.base_model.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
-
-
-def test_pretrained_weights_are_torchvisions_first_ones(monkeypatch):
-    asked, create_model = [], timm.create_model
-
-    def spy(name, pretrained, **arguments):
-        asked.append((name, pretrained))
-        return create_model(name, **arguments)
-
-    monkeypatch.setattr(cal.timm, "create_model", spy)
-    with torch.device("meta"):
-        CAL(7, pretrained=True)
-        CAL(7)
-    assert asked == [("resnet101.tv_in1k", True), ("resnet101.tv_in1k", False)]
-    assert "resnet101.tv_in1k" in timm.list_pretrained("resnet*")
-
-
-def test_images_that_are_not_square_are_refused():
-    with pytest.raises(UserError, match=r"shape \(2, 3, 64, 32\): CAL crops square images"):
-        tiny()(images()[..., :32])

@@ -30,7 +30,7 @@ def test_the_published_files_are_there_and_no_other() -> None:
         *EXPERIMENTS,
         *(f"datasets/{dataset}" for dataset in DATASETS),
         *(f"augs/{augs}augs" for augs in AUGMENTATIONS),
-        *("settings/ft_is224", "settings/ft_is448", "methods/glsim", "methods/cal"),
+        *("settings/ft_is224", "settings/ft_is448", "methods/glsim", "methods/cal", "methods/gft"),
     }
     assert {str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.rglob("*.*")} == expected
 
@@ -67,16 +67,7 @@ def test_every_data_set_says_where_it_is() -> None:
         assert {f"{values['dataset_root_path']}/{below}" for below in folders} == {folder}
 
 
-@pytest.mark.parametrize("augs", AUGMENTATIONS)
-def test_augmentations(augs: str) -> None:
-    assert read(f"augs/{augs}augs") == AUGMENTATIONS[augs]
-
-
-def test_settings() -> None:
-    assert read("settings/ft_is448") == read("settings/ft_is224") | {"image_size": 448}
-
-
 def test_methods() -> None:
     flags = dict.fromkeys(("dynamic_anchor", "anchor_class_token", "aggregator", "aggregator_norm"), True)
     assert read("methods/glsim") == {"classifier": "cls", "reducer": "cls", **flags}
-    assert read("methods/cal") == {"model_name": "cal"}
+    assert all(read(f"methods/{name}") == {"model_name": name} for name in ("cal", "gft"))

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.engine import logits_of
-from common.errors import UserError
+from common.train.loop import logits_of
 from glsim.model_utils.build import build_model
-from glsim.tools.train import repeated
 from glsim.train_utils.demo import demo_settings
 from glsim.train_utils.losses import focal_loss, make_objective
 from glsim.train_utils.recipe import Recipe, learning_rate
-from glsim.train_utils.schedule import make_optimizer
 
 
 def test_a_confident_sample_has_a_finite_gradient() -> None:
@@ -27,12 +24,6 @@ def test_a_confident_sample_has_a_finite_gradient() -> None:
     assert loss.item() == 0
     assert logits.grad is not None
     assert torch.equal(logits.grad, torch.zeros(1, 2))
-
-
-def test_focal_loss_of_shares_is_the_share_of_the_focal_loss_of_labels() -> None:
-    logits, labels = torch.randn(5, 7), torch.randint(7, (5,))
-    shares = F.one_hot(labels, 7).float()
-    torch.testing.assert_close(focal_loss(logits, shares, 2.0), focal_loss(logits, labels, 2.0))
 
 
 @pytest.mark.parametrize("kind", ["cm", "mu"])
@@ -63,43 +54,6 @@ def test_the_loss_of_a_mixed_batch_is_that_of_both_labels(kind: str) -> None:
     assert torch.equal(seen[1], images)
 
 
-@pytest.mark.parametrize(("name", "value"), [("cm", True), ("mu", True), ("focal_gamma", 2.0)])
-@pytest.mark.parametrize("model_name", ["transfg", "cal"])
-def test_models_with_a_loss_of_their_own_refuse_another(model_name: str, name: str, value: Any) -> None:
-    with pytest.raises(UserError, match=f"--{name}: {model_name} has a loss of its own"):
-        make_objective(Recipe(**{"model_name": model_name, name: value}), 3)
-
-
-@pytest.mark.parametrize("name", ["mix_prob", "smoothing"])
-def test_shares_that_are_none(name: str) -> None:
-    for value in (1.5, -0.1, float("nan")):
-        with pytest.raises(UserError, match=f"--{name} {value}: expected a number from 0 to 1"):
-            make_objective(Recipe(**{name: value, "cm": True, "ls": True}), 3)
-
-
-def make(opt: str, betas: list[float] | None = None) -> Any:
-    return make_optimizer([nn.Parameter(torch.zeros(2, 2))], opt, 0.1, 0.9, 0.0, opt_betas=betas)
-
-
-def test_optimizers_by_timms_names() -> None:
-    assert tuple(make("adamw", [0.8, 0.9]).param_groups[0]["betas"]) == (0.8, 0.9)
-    assert tuple(make("adan", [0.8, 0.9, 0.5]).param_groups[0]["betas"]) == (0.8, 0.9, 0.5)
-    assert make("Lookahead_SGD").param_groups[0]["nesterov"]
-
-
-NONE = [(opt, None) for opt in ("foo", "adamv", "lbfgs", "lookahead_foo", "lookahead_", "adahessian")]
-BETAS = [("adamw", betas) for betas in ([0.9], [0.9, 0.99, 0.5], [0.9, 1.0], [-0.1, 0.9], [float("nan"), 0.9])]
-BETAS += [("sgd", [0.9, 2.0]), ("adan", [0.9, 0.9])]
-
-
-@pytest.mark.parametrize(("opt", "betas"), NONE + BETAS)
-def test_optimizers_that_cannot_be(opt: str, betas: list[float] | None) -> None:
-    message = f"--opt {opt}" if betas is None else f"--opt_betas {' '.join(map(str, betas))}: expected"
-    with pytest.raises(UserError, match=message) as caught:
-        make(opt, betas)
-    assert "\n" not in str(caught.value)
-
-
 DEMO = [
     *((name, {"image_size": 64}) for name in ("densenet121", "convnext_atto", "vit_tiny_patch16_224")),
     *((name, {"image_size": 16}) for name in ("transfg", "ffvt")),
@@ -118,13 +72,6 @@ def test_the_models_of_the_demo_are_built_for_its_images(name: str, changes: dic
     with torch.inference_mode():
         logits = logits_of(model(torch.rand(1, 3, *[changes["image_size"]] * 2)))
     assert logits.shape == (1, 3)
-
-
-def test_repeated_augmentation() -> None:
-    order = repeated(lambda epoch: [4, 2, 0, 3, 1], 2)
-    assert order(0) == [4, 4, 2, 2, 0]
-    # 240 images, of which the released sampler takes none, are 240.
-    assert len(repeated(lambda epoch: range(240), 3)(0)) == 240
 
 
 @pytest.mark.parametrize(

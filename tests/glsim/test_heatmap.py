@@ -3,7 +3,6 @@
 The released figures are in tests/parity/test_heatmap_figures.py.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,13 @@ import pytest
 import timm
 import torch
 from formula import fill, fill_image, fill_state_dict
-from PIL import Image
-from small_models import timm_glsim, transfg, vit_glsim
+from small_models import transfg
 from torch import Tensor
 
 from common.errors import UserError
 from ffvt.model import FFVT
-from glsim.tools.heatmap import MASKS, Evidence, beside, draw, gather, make_mask, overlay, save, squares
+from glsim.tools.heatmap import Evidence, gather, make_mask
+from glsim.train_utils.pictures import overlay, squares
 
 SIZES = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 3, "num_layers": 4}
 
@@ -34,15 +33,6 @@ def test_numbers_left_out_mean_all_blocks_or_the_last() -> None:
         assert torch.equal(make_mask(evidence, name), make_mask(evidence, same))
     assert torch.equal(make_mask(evidence, "rollout", released=True), make_mask(evidence, "rollout_0_11"))
     torch.testing.assert_close(make_mask(evidence, "psm"), sum(make_mask(evidence, f"psm_{head}") for head in range(3)))
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_images_of_a_batch_do_not_see_each_other(name: str) -> None:
-    whole = evidence_of(4, batch=2)
-    second = Evidence(
-        whole.tokens[1:], [x[1:] for x in whole.blocks], [(q[1:], k[1:]) for q, k in whole.attention], 1, True, (4, 4)
-    )
-    torch.testing.assert_close(make_mask(whole, name)[1:], make_mask(second, name))
 
 
 # Evidence
@@ -108,28 +98,6 @@ def test_definitions_in_loops(name: str) -> None:
         torch.testing.assert_close(make_mask(evidence, name)[0], row[evidence.prefix :], msg=name)
 
 
-def test_evidence_of_vit_glsim_is_what_it_hands_out() -> None:
-    model, images = vit_glsim("method", num_hidden_layers=3), fill_image(2, 3, 64, 64)
-    with torch.no_grad():
-        _, _, tokens, blocks, probabilities, _ = model(images, ret_dist=True)
-    evidence = gather(model, images)
-    torch.testing.assert_close(evidence.tokens, tokens)
-    torch.testing.assert_close(evidence.blocks, blocks)
-    torch.testing.assert_close(make_mask(evidence, "attention_1"), probabilities[1].mean(1)[:, 0, 1:])
-    torch.testing.assert_close(make_mask(evidence, "glsim_norm"), model.select(tokens).similarity)
-
-
-@pytest.mark.parametrize("kind", ["vit", "siglip"])
-def test_evidence_of_a_timm_model_with_adapters(kind: str) -> None:
-    model, images = timm_glsim(kind, dynamic_anchor=True, adapter="bottleneck"), fill_image(2, 3, 64, 64)
-    with torch.no_grad():
-        _, _, tokens, blocks, *_ = model(images, ret_dist=True)
-    evidence = gather(model, images)
-    torch.testing.assert_close(evidence.tokens, tokens)
-    torch.testing.assert_close(evidence.blocks[-1], blocks[-1])
-    torch.testing.assert_close(make_mask(evidence, "gls"), model.select(tokens).similarity)
-
-
 def test_evidence_of_transfg_is_what_picks_its_parts() -> None:
     model, images = transfg(), fill_image(2, 3, 64, 64)
     with torch.no_grad():
@@ -175,27 +143,6 @@ def test_masks_that_there_are_not(name: str, says: str) -> None:
         make_mask(evidence_of(12), name)
 
 
-def test_models_without_cls_have_similarity_alone() -> None:
-    evidence = gather(small_timm("siglip"), fill_image(2, 3, 64, 64))
-    patches = evidence.tokens
-    expected = torch.cosine_similarity(patches.mean(1, keepdim=True), patches, dim=-1)
-    torch.testing.assert_close(make_mask(evidence, "gls"), expected)
-    for name in MASKS[1:]:
-        with pytest.raises(UserError, match=f"'{name}' reads the attention of CLS"):
-            make_mask(evidence, name)
-
-
-OTHERS: dict[str, dict[str, Any]] = {"resnet18": {}, "beit_base_patch16_224": {}, "vit_relpos_small_patch16_224": {}}
-OTHERS["vit_tiny_patch16_224"] = {"block_fn": timm.models.vision_transformer.ParallelScalingBlock}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_models_without_plain_blocks_are_refused(name: str) -> None:
-    depth = {} if name == "resnet18" else {"depth": 1}
-    with pytest.raises(UserError, match="is none; leave --vis_mask out"):
-        gather(timm.create_model(name, num_classes=2, **depth, **OTHERS[name]).eval(), torch.zeros(1, 3, 224, 224))
-
-
 # Pictures
 
 
@@ -216,42 +163,3 @@ def test_jet_is_opencvs() -> None:
     drawn = squares(np.zeros((16, 16, 3), np.uint8), levels).reshape(256, 3)
     x = np.arange(256)[:, None] / 255
     np.testing.assert_allclose(drawn, 255 * np.clip(1.5 - np.abs(4 * x - [3, 2, 1]), 0, 1), atol=1.01)
-
-
-def test_without_colour_the_mask_darkens() -> None:
-    picture = np.full((32, 32, 3), 200, np.uint8)
-    mask = np.array([[-0.5, 0.5], [-0.5, 0.5]])
-    drawn = overlay(picture, mask, color=False)
-    assert drawn[:, 0].max() == 0
-    assert drawn[:, -1].min() == 255
-    top = overlay(picture, np.array([[1.0, 4.0], [2.0, 3.0]]), top=2, color=False)  # an error as released
-    assert top[0, 0].max() == 0
-    assert top[0, -1].min() == top[-1, -1].min() == 255
-
-
-def test_power_and_top() -> None:
-    picture = np.zeros((2, 2, 3), np.uint8)
-    mask = np.array([[0.0, 0.5], [0.25, 1.0]])
-    np.testing.assert_array_equal(overlay(picture, mask, power=True), overlay(picture, mask**4))
-    np.testing.assert_array_equal(overlay(picture, mask, top=2), overlay(picture, np.array([[0, 1], [0, 1]])))
-    np.testing.assert_array_equal(overlay(picture, mask, top=99), overlay(picture, np.ones((2, 2))))
-
-
-def test_figures_and_files(tmp_path: Path) -> None:
-    left, right = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 9, np.uint8)
-    pair = beside([left, right])
-    assert pair.shape == (64, 129, 3)
-    assert (pair[:, 64] == 255).all()
-    assert (pair[:, 65:] == 9).all()
-    assert beside([left, right], axis=0).shape == (129, 64, 3)
-    path = tmp_path / "a" / "b.png"
-    save(pair, path)
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), pair)
-    figure = draw([("one", left), ("two", right), ("three", left)], 2, "title")
-    assert [axes.get_title() for axes in figure.axes] == ["one", "two", "three"]
-    save(figure, path)
-    with Image.open(path) as image:
-        assert image.width > 500
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file cannot be made \(.*\): see --results_dir"):
-        save(pair, tmp_path / "file" / "b.png")

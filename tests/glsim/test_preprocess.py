@@ -18,7 +18,7 @@ from annotation_trees import GOLDEN, ROOT, recorded, rows_of, text_of, touch, wr
 from formula import check_figures, fill_npz, vit_spec
 from PIL import Image
 
-from common.npz import NPZ_NAMES
+from common.weights.google_npz import NPZ_NAMES
 from glsim.data_utils.splits import settings_of, write_splits
 from glsim.model_utils import ViTConfig, ViTGLSim
 from glsim.tools.preprocess import (
@@ -350,15 +350,3 @@ def test_kaggles_folder_of_fish_becomes_a_data_set(
     expected = "ncfm: 8 images of 1 classes in train_val.csv, 2 in test.csv, in data/ncfm\n"
     assert script("ncfm_prepare_dataset.sh").stdout == expected
     assert (tmp_path / "glsim/data/ncfm/data/ALB/9.jpg").is_file()
-
-
-def test_run_trains_both_models_with_three_seeds(script: Run, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTHON", raising=False)
-    (served / "bin/python").write_text('#!/usr/bin/env bash\necho "$@"\n')
-    (served / "bin/python").chmod(0o755)
-    done = script("run.sh", "cub", "--lr", "0.01")
-    base = "tools/train.py --cfg configs/cub_ft_is224_medaugs.yaml --model_name vit_b16"
-    expected = [f"{base} --seed {seed} --serial {seed} --lr 0.01" for seed in (1, 10, 100)]
-    method = " --cfg_method configs/methods/glsim.yaml"
-    assert done.stdout.splitlines() == [line + end for line in expected for end in ("", method)]
-    assert "name a data set" in script("run.sh", status=1).stderr

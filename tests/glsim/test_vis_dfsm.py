@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from formula import fill_npz, vit_spec
 from PIL import Image
-from test_inference import SMALL, write_checkpoint
 
 from common.data import Images
 from glsim.data_utils.datasets import read
 from glsim.model_utils import ViTConfig, ViTGLSim
 from glsim.tools import heatmap, vis_dfsm
+from glsim.train_utils import pictures
 from glsim.train_utils.demo import write_demo
 from glsim.train_utils.settings import Settings
 
@@ -39,13 +38,13 @@ def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figures:
     """What is drawn: panels, columns, title. Programs write where they are started."""
     monkeypatch.chdir(tmp_path)
     drawn: Figures = []
-    draw = heatmap.draw
+    draw = vis_dfsm.draw
 
     def follow(*given: Any) -> Any:
         drawn.append(given)
         return draw(*given)
 
-    monkeypatch.setattr(heatmap, "draw", follow)
+    monkeypatch.setattr(vis_dfsm, "draw", follow)
     return drawn
 
 
@@ -75,57 +74,10 @@ def test_published_commands(digits: Path, figures: Figures, words: tuple[str, ..
     assert (len(panels), columns) == (4, 4)
     assert title == f"{words[0]} of glsvit_base_patch14_dinov2.lvd142m on cub, test"
     images = digits_of(digits, 56)
-    pictures = {heatmap.to_picture(images[i][0], *IMAGENET).tobytes(): i for i in range(len(images))}
-    found = [pictures[halves(panel)[0].tobytes()] for _, panel in panels]
+    known = {pictures.to_picture(images[i][0], *IMAGENET).tobytes(): i for i in range(len(images))}
+    found = [known[halves(panel)[0].tobytes()] for _, panel in panels]
     assert len(set(found)) == 4
     assert [caption for caption, _ in panels] == [images.classes[images.labels[i]] for i in found]
-
-
-def test_masks_lie_over_their_images(digits: Path, figures: Figures, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "small.pth", dataset_name="cub")
-    run(digits, "--ckpt_path", checkpoint, "--vis_mask", "maws_0", "--batch_size", 3, "--vis_mask_top", 5)
-    [(panels, _, title)] = figures
-    assert title == "maws_0 of vit_b16 on cub, test"
-    model = ViTGLSim(ViTConfig(**{**SMALL, "num_classes": 4})).eval()
-    model.load_released(torch.load(checkpoint, weights_only=False)["model"])
-    for _, panel in panels:
-        picture, below = halves(panel)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-        image = (torch.from_numpy(picture.transpose(2, 0, 1).copy()) / 255 - mean) / std
-        mask = heatmap.make_mask(heatmap.gather(model, image[None]), "maws_0")[0].view(4, 4)
-        expected = heatmap.overlay(picture, mask.numpy(), top=5)
-        np.testing.assert_array_equal(below, expected)
-
-
-def test_seed_and_split_choose_the_images(digits: Path, figures: Figures) -> None:
-    words = ("--batch_size", 3, "--vis_mask", "attention")
-    for more in ((), ("--seed", 0), ("--seed", 1), ("--vis_split", "train")):
-        run(digits, *words, *more)
-    first, same, other, train = ([halves(panel)[0].tobytes() for _, panel in panels] for panels, _, _ in figures)
-    assert first == same
-    assert not set(first) & set(other)
-    assert not set(first) & set(train)
-    assert figures[-1][2] == "attention of vit_b16 on cub, train_val"
-
-
-def test_attention_without_a_number(digits: Path, figures: Figures) -> None:
-    """The last block, and as released the first."""
-    for words in (("attention_3",), ("attention",), ("attention_0",), ("attention", "--released")):
-        run(digits, "--batch_size", 2, "--vis_mask", *words)
-    last, ours, first, released = ([panel.tobytes() for _, panel in panels] for panels, _, _ in figures)
-    assert last == ours
-    assert first == released
-    assert first != last
-
-
-def test_colours_and_columns(digits: Path, figures: Figures) -> None:
-    for words in ((), ("--vis_mask_color",), ("--no-vis_mask_color",), ("--vis_cols", 2)):
-        run(digits, "--batch_size", 3, *words)
-    plain, off, no, two = ([panel.tobytes() for _, panel in panels] for panels, _, _ in figures)
-    assert off == no
-    assert off != plain
-    assert two == plain
-    assert [columns for _, columns, _ in figures] == [4, 4, 4, 2]
 
 
 def test_pretrained_weights_are_those_of_google(digits: Path, figures: Figures, tmp_path: Path) -> None:
@@ -139,29 +91,6 @@ def test_pretrained_weights_are_those_of_google(digits: Path, figures: Figures, 
     [([(_, panel)], _, _)] = figures
     picture, below = halves(panel)
     images = digits_of(digits, 64)
-    inputs = next(image for image, _ in images if (heatmap.to_picture(image, *IMAGENET) == picture).all())
+    inputs = next(image for image, _ in images if (pictures.to_picture(image, *IMAGENET) == picture).all())
     mask = heatmap.make_mask(heatmap.gather(model, inputs[None]), "psm")[0].view(4, 4).numpy()
-    np.testing.assert_array_equal(below, heatmap.overlay(picture, mask))
-
-
-def test_random_weights_are_said(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(digits, "--batch_size", 1)
-    assert "random weights" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--vis_mask", "attention_4"], "mask 'attention_4': expected a number from 0 to 3"),
-        (["--vis_mask", "cam"], "there is no mask 'cam'"),
-        (["--vis_cols", "0"], "--vis_cols 0: expected 1 or more"),
-        (["--batch_size", "0"], "--batch_size 0: expected 1 or more"),
-        (["--cfg", "none.yaml"], "none.yaml does not exist"),
-        (["--ckpt_path", "none.pth"], "none.pth"),
-        (["--model_name", "resnet50"], "masks need a ViT of plain blocks"),
-    ],
-)
-def test_refusals(digits: Path, words: list[str], says: str) -> None:
-    with pytest.raises(SystemExit, match=f"^vis_dfsm.py: error: .*{says}"):
-        run(digits, *words)
-    assert not Path("results_inference").exists()
+    np.testing.assert_array_equal(below, pictures.overlay(picture, mask))

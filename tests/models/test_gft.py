@@ -1,17 +1,14 @@
 """GFT: both sides against the paper's definitions written out, what reaches the logits, and the averages' state."""
 
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
 from formula import fill
 from largest import largest
 from tiny_timm import TINY, VIT, images, plain_attention, tiny
 
 from common.errors import UserError
-from common.models import GFT
-from common.models.gft import HierarchicalAttention
+from gft import GFT
+from gft.model import HierarchicalAttention
 
 SIDES = pytest.mark.parametrize("side", ["described", "released"])
 
@@ -102,56 +99,6 @@ def test_equals_the_direct_formulation_over_training_calls(side):
         torch.testing.assert_close(model.hierarchical_blocks[stage].ema[image], ema, rtol=1e-9, atol=1e-9)
 
 
-# What reaches the logits.
-
-
-def gala_names(model):
-    return [name for name, _ in model.named_parameters() if name.startswith("hierarchical_blocks.")]
-
-
-@torch.no_grad()
-def test_described_every_gala_weight_moves_the_logits_but_the_last_smoothing():
-    model, unread, found = tiny(), "hierarchical_blocks.2.smooth.weight", {}
-    for name in ("", *gala_names(model)):
-        other = copy.deepcopy(model)
-        if name:
-            parameter = other.get_parameter(name)
-            parameter.copy_(fill(f"other {name}", parameter.shape))
-        found[name] = other(images())
-    assert {name for name, logits in found.items() if (logits - found[""]).abs().max() <= 1e-4} == {"", unread}
-    assert torch.equal(found[unread], found[""])
-
-
-def test_described_queries_keys_and_values_of_every_stage_get_gradients():
-    model = tiny()
-    F.cross_entropy(model(images()), torch.tensor([3, 5])).backward()
-    for stage, gala in enumerate(model.hierarchical_blocks):
-        for part, grad in zip("qkv", gala.qkv.weight.grad.chunk(3), strict=True):
-            assert (grad.norm(dim=1) > 0).all(), f"{part} of stage {stage + 1}"
-        assert gala.proj.weight.grad.norm() > 0
-        assert gala.proj.bias.grad.norm() > 0
-
-
-@torch.no_grad()
-def test_released_logits_ignore_everything_behind_block_8():
-    model = tiny("released")
-    logits = model(images())
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.normal_()
-    assert torch.equal(model(images()), logits)
-
-
-def test_released_stages_run_only_for_the_selection():
-    model, calls = tiny("released").train(), []
-    for gala in model.hierarchical_blocks:
-        gala.qkv.register_forward_hook(lambda *_: calls.append(1))
-    logits = model(images())
-    assert (len(calls), model.training_state()) == (0, {})
-    torch.testing.assert_close(model(images(), return_selection=True)[0], logits, atol=5e-6, rtol=0)
-    assert len(calls) == 3
-
-
 # The averages: not in the state_dict, but in the training state.
 
 
@@ -181,23 +128,6 @@ def test_training_state_makes_a_resumed_run_exact(side):
     assert not torch.equal(saved["hierarchical_blocks.0.ema"], model.training_state()["hierarchical_blocks.0.ema"])
     with pytest.raises(UserError, match=r"blocks\.ema"):
         resumed.load_training_state({"blocks.ema": torch.zeros(1)})
-
-
-@SIDES
-def test_released_checkpoints_load_whatever_their_last_batch_was(side):
-    source, model = tiny(side), GFT(released=side == "released", **TINY).train()
-    model(images(), return_selection=True)
-    averages = {f"hierarchical_blocks.{stage}.ema_grad": torch.zeros(5, n) for stage, n in enumerate((64, 48, 32))}
-    checkpoint = source.state_dict() | averages
-    keys = set(checkpoint)
-    model.load_state_dict(checkpoint)
-    assert set(checkpoint) == keys
-    assert torch.equal(model.eval()(images()), source(images()))
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        model.load_state_dict({**checkpoint, "ema_grad": torch.zeros(1)})
-    del checkpoint["classifier.bias"]
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict(checkpoint)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from formula import fill_image, fill_state_dict
 from torch import Tensor
 
-from common.models import GFT, TransFG
+from gft import GFT, TransFG
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 9, "num_heads": 3, "num_classes": 7}
 VIT, DEIT = "vit_base_patch16_224", "deit_tiny_distilled_patch16_224"

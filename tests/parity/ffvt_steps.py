@@ -1,34 +1,25 @@
 """FFVT's training loop on images by formula, as the released loop was recorded on them."""
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
-import torch
 from formula import fill, fill_image
-from torch import Tensor
+from tiny_run import CPU, InMemory, make_run, steps_of
 
-from common.data.loader import Plan
-from common.engine import Loading, Trainer
-from common.experiment import Options
+from common.cli import Options
+from common.data.batches import Plan
+from common.train.checkpoint import State, make_state
+from common.train.run_folder import Run
 from ffvt.model import FFVT, Config
-from ffvt.train import EXPERIMENT, Recipe, objective, optimize
+from ffvt.train import Recipe, make_precision, objective, optimize
 
-CPU = torch.device("cpu")
 TINY = Config(48, 96, 3, 4, dropout=0.0)
 
 
-class FormulaImages:
-    """Images by formula, sample s of class (3 s + 1) mod 10, in the place of a data set."""
-
-    split, classes = "formula", [str(number) for number in range(10)]
-
-    def __init__(self, count: int) -> None:
-        self.images = fill_image(count, 3, 64, 64)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], (3 * index + 1) % 10
+def formula_images(count: int) -> InMemory:
+    """Sample s is of class (3 s + 1) mod 10."""
+    labels = [(3 * sample + 1) % 10 for sample in range(count)]
+    return InMemory(fill_image(count, 3, 64, 64), labels, [str(number) for number in range(10)])
 
 
 def formula_model(smoothing: float = 0.0) -> FFVT:
@@ -37,22 +28,11 @@ def formula_model(smoothing: float = 0.0) -> FFVT:
     return model
 
 
-def make_trainer(recipe: Recipe, batch_size: int) -> Trainer:
-    """The trainer that common.run would make of `recipe`, on 12 images in a fixed order."""
-    images: Any = FormulaImages(12)
-    model = formula_model(recipe.smoothing_value)
-    optimizer, scheduler = optimize(recipe, model.parameters())
-    return Trainer(
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        precision=EXPERIMENT.precision(recipe, Options(), CPU),
-        images=images,
-        plan=Plan(lambda epoch: range(12), 12, batch_size, recipe.gradient_accumulation_steps),
-        steps=recipe.steps,
-        device=CPU,
-        loading=Loading(),
-        objective=objective,
-        clip_grad=EXPERIMENT.max_norm(recipe),
-        schedule_per=EXPERIMENT.schedule_per,
-    )
+def train(recipe: Recipe, batch_size: int) -> tuple[Run, State, Iterator[float]]:
+    """`recipe` as ffvt/train.py trains it, on 12 images in a fixed order; the iterator does a step, says its rate."""
+    precision = make_precision(recipe, Options(), CPU)
+    run = make_run(formula_images(12), batch_size, Path(), precision, eval_batch_size=2)
+    optimizer, scheduler = optimize(recipe, (model := formula_model(recipe.smoothing_value)).parameters())
+    state = make_state(run, model, optimizer, scheduler)
+    plan = Plan(lambda epoch: range(12), 12, batch_size, recipe.gradient_accumulation_steps)
+    return run, state, steps_of(run, state, plan, recipe.num_steps, objective, recipe.max_grad_norm)

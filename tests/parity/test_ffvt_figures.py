@@ -14,9 +14,8 @@ from formula import fill, fill_image, fill_npz, vit_spec
 from torch import Tensor, nn
 
 from common.models.vit import run_block
-from common.npz import LoadReport
+from common.weights import LoadReport
 from ffvt.model import CONFIGS, FFVT, Config, maws_scores, resnet_unit
-from ffvt.released import to_released
 
 GOLDEN = golden("ffvt")
 LABELS = torch.tensor([3, 7])
@@ -91,7 +90,9 @@ def run(request: pytest.FixtureRequest) -> Run:
         if loss.requires_grad:
             model.zero_grad()
             loss.backward()
-            grads = to_released({name: p.grad for name, p in model.named_parameters()}, model.feature_fusion)
+            grads = model.released_state_dict(
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            )
             run.norms[smoothing] = {key: grad.double().norm().item() for key, grad in grads.items()}
     return run
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 from figures import assert_close_to_figures, assert_within, golden
-from parity.ffvt_steps import CPU, FormulaImages, make_trainer
+from parity.ffvt_steps import formula_images, train
 
-from common.engine import Loading, evaluate
+from common.train.loop import evaluate
 from ffvt.train import Recipe, rate_factor
 
 GOLDEN = golden("ffvt_training")
@@ -26,24 +26,25 @@ def test_steps_as_the_released_loop_trains(case: str) -> None:
     recorded = GOLDEN["trajectories"][case]
     recipe = Recipe("t", **({"learning_rate": 0.05, "warmup_steps": 2, "num_steps": 6} | CASES[case]))
     parts = recipe.gradient_accumulation_steps
-    trainer, test = make_trainer(recipe, batch_size=3 * parts), FormulaImages(4)
+    run, state, steps = train(recipe, batch_size=3 * parts)
+    model: Any = state.model
     losses: list[float] = []
-    trainer.model.register_forward_hook(
+    model.register_forward_hook(
         lambda model, inputs, output: losses.append(output[0].item()) if model.training else None
     )
     rates, accuracies = [], []
-    for step in trainer.run():
-        rates.append(trainer.rate)
-        if step % 3 == 0:
-            predictions = evaluate(trainer.model, test, CPU, trainer.precision, Loading(eval_batch_size=2))  # type: ignore[arg-type]
-            accuracies.append([step, float((predictions.ranked[:, 0] == predictions.label).mean())])
+    for rate in steps:
+        rates.append(rate)
+        if state.step % 3 == 0:
+            _, predictions = evaluate(run, model, formula_images(4))  # type: ignore[arg-type]
+            accuracies.append([state.step, float((predictions.ranked[:, 0] == predictions.label).mean())])
     # The released loop reports the loss of the last micro-batch, and the rate of the update that comes next.
     assert_within(2e-5, losses[parts - 1 :: parts], recorded["train_loss"], "losses")
-    rates.append(trainer.optimizer.param_groups[0]["lr"])
+    rates.append(state.optimizer.param_groups[0]["lr"])
     assert rates[0] == 0
     assert_within(1e-9, rates[1:], recorded["logged_lr"], "rates")
     assert accuracies == recorded["test_accuracy"]
-    released = trainer.model.released_state_dict()  # type: ignore[operator]
+    released = model.released_state_dict()
     for name, figures in recorded["final_params"].items():
         assert_close_to_figures(released[name], figures, sums=5e-7, first=1e-5, what=name)
 

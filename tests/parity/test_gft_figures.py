@@ -11,8 +11,8 @@ from figures import assert_close_to_figures, assert_selects, assert_within, gold
 from formula import fill, fill_image, fill_state_dict
 from torch import Tensor, nn
 
-from common.models import GFT, TransFG
-from common.models.gft import TEMPERATURE, HierarchicalAttention, StageSelection, importance
+from gft import GFT, TransFG
+from gft.model import TEMPERATURE, HierarchicalAttention, StageSelection, importance
 
 GOLDEN = golden("gft")
 ALONE = GOLDEN["hierarchical_attention_tiny"]

@@ -19,8 +19,8 @@ from formula import fill, fill_image
 from tiny_models import objective_of
 from torch import Tensor, nn
 
-from common.engine import logits_of
 from common.models.vit import embed, num_heads, run_block
+from common.train.loop import logits_of
 from glsim.model_utils import ViTConfig, ViTGLSim
 from glsim.model_utils.build import build_model
 from glsim.model_utils.cal import CAL

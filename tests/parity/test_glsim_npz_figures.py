@@ -10,7 +10,7 @@ from figures import assert_close_at, assert_close_to_figures, assert_within, bui
 from formula import fill_image, fill_npz, vit_spec
 from torch import Tensor
 
-from common.engine import logits_of
+from common.train.loop import logits_of
 from glsim.model_utils import ViTConfig, ViTGLSim
 from glsim.model_utils.transfg import CONFIGS, TransFG
 

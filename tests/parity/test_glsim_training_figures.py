@@ -7,13 +7,13 @@ import pytest
 import torch
 from figures import assert_within, golden
 from formula import check_figures, fill, fill_image
+from tiny_run import InMemory, make_run, steps_of
 from torch import Tensor, nn
 
-from common.data.loader import Plan
-from common.engine import Loading, Trainer
-from common.experiment import Options
+from common.data.batches import Plan
+from common.train.checkpoint import State, make_state, read_sums
 from glsim.model_utils import ViTConfig, ViTGLSim
-from glsim.tools.train import EXPERIMENT
+from glsim.tools.train import optimize
 from glsim.train_utils.losses import make_objective
 from glsim.train_utils.recipe import Recipe
 from glsim.train_utils.schedule import make_optimizer, make_schedule
@@ -32,63 +32,40 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class FormulaImages:
-    """Images by formula, sample s of class (3 s + 1) mod 10, in the place of a data set."""
-
-    split, classes = "formula", [str(number) for number in range(10)]
-    images = fill_image(12, 3, 96, 96)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], (3 * index + 1) % 10
-
-
-def train(**changes: Any) -> tuple[Trainer, list[float], list[float]]:
-    """Two epochs of the trainer that common.run would make, on 12 images in a fixed order: losses, learning rates."""
+def train(**changes: Any) -> tuple[State, list[float], list[float]]:
+    """Two epochs as glsim/tools/train.py trains, on 12 images in a fixed order: losses, learning rates."""
     recipe = Recipe(**({"epochs": 2, "batch_size": 3, "lr": 0.05, "warmup_steps": 2} | changes))
     method: dict[str, Any] = {"dynamic_anchor": True, "dynamic_top": 4, "anchor_class_token": True, "reducer": "cls"}
     sizes: dict[str, Any] = {"num_hidden_layers": 3, "image_size": 96, "num_classes": 10, "hidden_dropout_prob": 0.0}
     model = ViTGLSim(ViTConfig("vit_t16", aggregator=True, aggregator_norm=True, **method, **sizes))
     model.load_released({name: fill(name, value.shape) for name, value in model.released_state_dict().items()})
-    images: Any = FormulaImages()
-    batch = EXPERIMENT.global_batch_size(recipe)
-    plan = Plan(lambda epoch: range(12), 12, batch, recipe.gradient_accumulation_steps)
-    optimizer, scheduler = EXPERIMENT.optimizer(recipe, model, plan)
-    trainer = Trainer(
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        precision=EXPERIMENT.precision(recipe, Options(), CPU),
-        images=images,
-        plan=plan,
-        steps=EXPERIMENT.steps(recipe, plan),
-        device=CPU,
-        loading=Loading(),
-        objective=EXPERIMENT.objective_of(recipe, 10),
-        clip_grad=EXPERIMENT.max_norm(recipe),
-        schedule_per=EXPERIMENT.schedule_per,
-    )
+    labels = [(3 * sample + 1) % 10 for sample in range(12)]
+    images = InMemory(fill_image(12, 3, 96, 96), labels, [str(number) for number in range(10)])
+    parts = recipe.gradient_accumulation_steps
+    run = make_run(images, recipe.batch_size * parts)
+    plan = Plan(lambda epoch: range(12), 12, run.batch_size, parts)
+    state = make_state(run, model, *optimize(recipe, model.parameters(), plan))
     losses, rates = [], []
-    for _ in trainer.run():
-        sums = trainer.report()
-        losses.append(sums["loss"] / sums["samples"])
-        rates.append(trainer.rate)
-    return trainer, losses, rates
+    objective = make_objective(recipe, 10, recipe.released)
+    for rate in steps_of(run, state, plan, recipe.epochs * plan.steps_per_epoch, objective, recipe.clip_grad):
+        read_sums(state)
+        losses.append(state.logged[0] / state.logged[2])
+        state.logged = [0.0] * 3
+        rates.append(rate)
+    return state, losses, rates
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_epochs_as_the_released_loop_trains(case: str) -> None:
     recorded = GOLDEN["trajectories"][case]
-    trainer, losses, rates = train(**CASES[case], released=True)
-    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    state, losses, rates = train(**CASES[case], released=True)
+    decays = [group["weight_decay"] for group in state.optimizer.param_groups]
     assert decays == [decay for _, decay in recorded["groups"]]
     each = CASES[case].get("gradient_accumulation_steps", 1)
     # Losses are of size 2 to 4. Eight updates pass their rounding on: those by unclipped gradients, of norm 60, most.
     assert_within(1e-4 if case == "no_clipping" else 2e-5, losses, np.reshape(recorded["losses"], (-1, each)).mean(1))
     assert_within(1e-8, rates, recorded["rates"][::each])  # recorded to 9 digits
-    model: Any = trainer.model
+    model: Any = state.model
     final = model.released_state_dict()
     for name, figures in recorded["final"].items():
         found = check_figures(final[name])

@@ -10,7 +10,8 @@ from figures import assert_within, golden
 from formula import check_figures, fill, fill_image
 from torch import Tensor
 
-from glsim.tools.heatmap import Evidence, make_mask, overlay, to_picture
+from glsim.tools.heatmap import Evidence, make_mask
+from glsim.train_utils.pictures import overlay, to_picture
 
 GOLDEN = golden("heatmap")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

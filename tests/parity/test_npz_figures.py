@@ -1,4 +1,4 @@
-"""common.npz against the figures recorded of the released loader (FFVT) and the released converter (GLSim)."""
+"""Google's .npz files against the figures recorded of the released loader (FFVT) and the released converter (GLSim)."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from figures import assert_close_at, assert_close_to_figures, assert_within, gol
 from formula import fill, fill_image, fill_npz, npz_array, tiny_vit, vit_spec
 from torch import Tensor
 
-from common.npz import google_to_timm, load_npz, resize_position_embedding
+from common.weights import load_npz
+from common.weights.google_npz import google_to_timm, resize_position_embedding
 from ffvt.model import FFVT, Config
 
 GOLDEN = golden("npz")
@@ -47,7 +48,7 @@ def test_parameters_and_logits_of_the_loader(tmp_path: Path, img_size: str) -> N
 @pytest.fixture(scope="module")
 def converted() -> dict[str, Tensor]:
     arrays = {key: npz_array(key, shape) for key, shape in vit_spec(192, 3, 768, 4, 6, 100).items()}
-    return google_to_timm(arrays, head=False)
+    return {name: tensor for name, tensor in google_to_timm(arrays).items() if not name.startswith("head.")}
 
 
 @pytest.mark.parametrize("name", CONVERTED["params"])
@@ -70,12 +71,13 @@ def test_all_parameters_of_the_converter(converted: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("grid", CONVERTED["position"])
 def test_position_embeddings_of_the_converter(grid: str) -> None:
     arrays = {key: npz_array(key, shape) for key, shape in vit_spec(192, 3, 768, 1, 6).items()}
-    assert_close_to_figures(google_to_timm(arrays, grid=int(grid))["pos_embed"], CONVERTED["position"][grid])
+    position = resize_position_embedding(google_to_timm(arrays)["pos_embed"], (int(grid), int(grid)))
+    assert_close_to_figures(position, CONVERTED["position"][grid])
 
 
 @pytest.mark.parametrize("grid", GOLDEN["position_768"])
 def test_position_embeddings_of_vit_b16(grid: str) -> None:
     key = "Transformer/posembed_input/pos_embedding"
-    position = resize_position_embedding(torch.from_numpy(npz_array(key, (1, 197, 768))), int(grid))
+    position = resize_position_embedding(torch.from_numpy(npz_array(key, (1, 197, 768))), (int(grid), int(grid)))
     assert_close_to_figures(position, GOLDEN["position_768"][grid]["chk"])
     assert_close_at(position[0], GOLDEN["position_768"][grid]["probe"], 1e-6)

@@ -14,8 +14,10 @@ from typing import Any
 if __name__ == "__main__":  # as the README starts it, inside glsim/: the modules lie beside that folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from common.checkpoint import save_state
-from common.npz import download_npz
+import torch
+
+from common.files import write_atomically
+from common.weights import download_npz
 from glsim.model_utils import ViTConfig, ViTGLSim
 from glsim.model_utils.build import NPZ
 from glsim.model_utils.config import MODEL_NAMES
@@ -44,7 +46,7 @@ def convert(config: ViTConfig, npz: Path, file: Path) -> None:
     """Writes Google's weights as the state_dict, under the released names, of the model that `config` describes."""
     model = ViTGLSim(config)
     model.load_npz(npz)
-    save_state(file, model.released_state_dict())
+    write_atomically(file, lambda stream: torch.save(model.released_state_dict(), stream))
 
 
 if __name__ == "__main__":
